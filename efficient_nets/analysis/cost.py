@@ -1,0 +1,130 @@
+"""What a net costs: parameters, bytes and multiply-accumulates, layer by layer.
+
+The net is traced on one image and never run, so nets of shapes (`nnx.eval_shape`) can be asked too.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from clu import parameter_overview
+from flax import nnx
+
+from efficient_nets.layers import Layer, layers, observing
+from efficient_nets.ops.quadratic import NEURONS
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCost:
+    """One Dense or Conv of a net, on one image.
+
+    Attributes:
+      name: Path in the net, such as `stage1/0/conv2`.
+      kind: 'Conv' or 'Dense'.
+      parameter_shape: Shape of one branch's kernel.
+      branches: Number of such kernels.
+      input_shape: `(*spatial, C)` of its first call, without the batch axis.
+      output_shape: The same of its output.
+      neuron, norm, kernel, algorithm, precision: Members of the axes, see `layers.LayerSpec`.
+      bits: Bits that a weight is stored in.
+      params: Its own parameters: kernels, biases and branch norms.
+      bytes: What these take.
+      macs: Multiply-accumulates of the linear maps and of the neuron's product, over all calls.
+    """
+
+    name: str
+    kind: str
+    parameter_shape: tuple[int, ...]
+    branches: int
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    neuron: str
+    norm: str
+    kernel: str
+    algorithm: str
+    precision: str
+    bits: int
+    params: int
+    bytes: int
+    macs: int
+
+
+def layer_costs(model: nnx.Module, image_shape: Sequence[int]) -> list[LayerCost]:
+    """The costs of a net's layers, in the order in which they are first called.
+
+    A layer that is called twice is listed once and computes twice; one that is not called is left
+    out.
+
+    Args:
+      model: A net `(N, H, W, C) -> anything`, of arrays or of `jax.ShapeDtypeStruct`s; it is left
+        as it is.
+      image_shape: `(H, W, C)`.
+    """
+    graph, state = nnx.split(model)
+    found: dict[str, LayerCost] = {}
+
+    def trace(state, images):
+        copy = nnx.merge(graph, state)
+        copy.eval()  # running averages stay: what is counted is a forward pass
+        paths = {id(layer): path for path, layer in layers(copy)}
+
+        def observer(layer, x, y):
+            path = paths[id(layer)]
+            cost = _layer_cost(path, layer, x.shape[1:], y.shape[1:])
+            if path in found:
+                cost = dataclasses.replace(found[path], macs=found[path].macs + cost.macs)
+            found[path] = cost
+
+        with observing(observer):
+            copy(images)
+
+    jax.eval_shape(trace, state, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
+    return list(found.values())
+
+
+def model_cost(model: nnx.Module, image_shape: Sequence[int]) -> dict[str, Any]:
+    """`params` and `bytes` of all parameters, norms included; `macs` and `layers` of its layers."""
+    costs = layer_costs(model, image_shape)
+    params, size = _parameters(model)
+    return {
+        "params": params,
+        "macs": sum(cost.macs for cost in costs),
+        "bytes": size,
+        "layers": costs,
+    }
+
+
+def _layer_cost(path: str, layer: Layer, input_shape, output_shape) -> LayerCost:
+    spec, kernel_shape = layer.spec, layer.geometry.kernel_shape
+    # Each position of the output takes every weight once: kernel_shape already ends in the
+    # output's channels, and its input channels are those of one group.
+    linear = len(spec.branches) * math.prod(kernel_shape) * math.prod(output_shape[:-1])
+    products = NEURONS[spec.neuron].products * math.prod(output_shape)
+    params, size = _parameters(layer)
+    return LayerCost(
+        name=path,
+        kind=type(layer).__name__,
+        parameter_shape=kernel_shape,
+        branches=len(spec.branches),
+        input_shape=input_shape,
+        output_shape=output_shape,
+        neuron=spec.neuron,
+        norm=spec.norm,
+        kernel=spec.kernel,
+        algorithm=spec.algorithm,
+        precision=spec.precision,
+        bits=8 * jnp.dtype(layer.geometry.param_dtype).itemsize,
+        params=params,
+        bytes=size,
+        macs=linear + products,
+    )
+
+
+def _parameters(module: nnx.Module) -> tuple[int, int]:
+    """Number of a module's parameters, and the bytes they take."""
+    params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    return int(parameter_overview.count_parameters(params)), size

@@ -1,0 +1,106 @@
+"""The layer table that a run prints first, and the same figures for scripts."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from flax import nnx
+
+from efficient_nets.analysis.cost import LayerCost, model_cost
+
+HEADER = (
+    *("name", "parameter", "input", "neuron", "kernel", "algorithm", "precision"),
+    *("bits", "size", "share", "MACs"),
+)
+FIRST_NUMBER = HEADER.index("bits")  # numbers are flush right
+
+
+def summary_dict(model: nnx.Module, image_shape: Sequence[int]) -> dict[str, Any]:
+    """What summary.json holds: `params`, `macs`, `bytes`, and `layers`, a dict a layer.
+
+    Args:
+      model: See `cost.layer_costs`.
+      image_shape: `(H, W, C)`.
+    """
+    cost = model_cost(model, image_shape)
+    return cost | {"layers": [dataclasses.asdict(layer) for layer in cost["layers"]]}
+
+
+def layer_table(model: nnx.Module, image_shape: Sequence[int]) -> str:
+    """A text table with a line a layer in the order of the calls, and totals.
+
+    `parameter` is the shape of a kernel, `3x3x16x32 *3` where the neuron has three of them; `neuron`
+    is `ours+branch` where its branches are normed; `share` is of the net's bytes; MACs are for one
+    image. Parameters outside of Dense and Conv, such as the norms between them, share one line.
+
+    Args:
+      model: See `cost.layer_costs`.
+      image_shape: `(H, W, C)`.
+    """
+    cost = model_cost(model, image_shape)
+    rows = [_row(layer, cost["bytes"]) for layer in cost["layers"]]
+    if others := cost["bytes"] - sum(layer.bytes for layer in cost["layers"]):
+        rows.append(_sparse_row("other parameters", others, cost["bytes"], ""))
+    total = _sparse_row("total", cost["bytes"], cost["bytes"], _short(cost["macs"]))
+    table = [HEADER, *rows, total]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["  ".join(_aligned(row, widths)).rstrip() for row in table]
+    rule = "-" * max(map(len, lines))
+    figures = f"{cost['params']:,} parameters, {cost['macs']:,} MACs for an image of "
+    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], figures + _shape(image_shape)])
+
+
+def _row(layer: LayerCost, total_bytes: int) -> tuple[str, ...]:
+    times = f" *{layer.branches}" if layer.branches > 1 else ""
+    return (
+        layer.name,
+        _shape(layer.parameter_shape) + times,
+        _shape(layer.input_shape),
+        layer.neuron if layer.norm == "none" else f"{layer.neuron}+{layer.norm}",
+        layer.kernel,
+        layer.algorithm,
+        layer.precision,
+        str(layer.bits),
+        _size(layer.bytes),
+        _share(layer.bytes, total_bytes),
+        _short(layer.macs),
+    )
+
+
+def _sparse_row(name: str, size: int, total_bytes: int, macs: str) -> tuple[str, ...]:
+    gap = ("",) * (len(HEADER) - 4)
+    return (name, *gap, _size(size), _share(size, total_bytes), macs)
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
+    return [
+        cell.ljust(width) if index < FIRST_NUMBER else cell.rjust(width)
+        for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ]
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _three_digits(value: float) -> str:
+    """`1.69`, `27.0`, `434`: three digits, or all those before the point."""
+    return f"{value:.{max(3 - len(str(int(value))), 0)}f}"
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f}%"
+
+
+def _size(size: int) -> str:
+    """Bytes in KiB or MiB."""
+    unit, scale = ("MiB", 2**20) if size >= 2**20 else ("KiB", 2**10)
+    return f"{_three_digits(size / scale)} {unit}"
+
+
+def _short(count: int) -> str:
+    """A count in thousands, millions or billions: `4.72 M`."""
+    for unit, scale in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= scale:
+            return f"{_three_digits(count / scale)} {unit}"
+    return str(count)

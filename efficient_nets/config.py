@@ -1,0 +1,216 @@
+"""The fields of an experiment: their defaults, their checks, and what identifies a run.
+
+A config file builds on `defaults()`:
+
+    from efficient_nets import config as configs
+
+    def get_config():
+        config = configs.defaults()
+        config.model = configs.model("resnet", depth=32)
+        config.data.name = "cifar10"
+        return config
+"""
+
+import hashlib
+import json
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from efficient_nets import data, models, names
+from efficient_nets.errors import UserError
+from efficient_nets.layers import rules
+
+# A run may be resumed with other values here: they do not change what is computed.
+FREE_SECTIONS = ("log", "sharding")
+NOT_NUMERIC = (
+    "data.dir",
+    "data.storage",
+    "data.workers",
+    "data.memory_limit_gib",
+    "checkpoint.keep",
+)
+
+
+def model(name: str, **options) -> ConfigDict:
+    """The `config.model` section: the architecture's name and all its options.
+
+    Raises:
+      UserError: on an architecture or option that does not exist.
+    """
+    defaults = models.options(name)
+    names.check_fields(f"model {name!r}", options, defaults)
+    return ConfigDict({"name": name, **defaults, **options})
+
+
+def defaults() -> ConfigDict:
+    """Every field of an experiment with its default value.
+
+    Epochs in schedules may be fractions. `0` and `""` mean "none" where a field can be off.
+    """
+    config = ConfigDict()
+    config.seed = 0
+    config.model = model("resnet", depth=20)
+    config.layers = ()  # rules for layers.convert, first match wins
+    config.dtype = "float32"  # compute type of the products: float32 or bfloat16
+    config.data = ConfigDict(data.defaults())
+    config.optimizer = ConfigDict(
+        dict(
+            name="sgd",  # sgd, adam (L2 in the gradient), adamw (decoupled decay), lamb
+            learning_rate=0.1,
+            momentum=0.9,
+            nesterov=False,
+            b1=0.9,
+            b2=0.999,
+            epsilon=1e-8,
+            weight_decay=0.0,
+            clip_norm=0.0,  # of the global gradient norm
+            accumulate=1,  # steps whose gradients are averaged into one update
+            # match, learning_rate (a factor), weight_decay; the first rule that has a field wins
+            rules=(dict(match=r"(^|/)(bias|scale)$", weight_decay=0.0),),
+        )
+    )
+    config.schedule = ConfigDict(
+        dict(
+            name="cosine",  # constant, cosine, multistep, poly, restarts
+            warmup_epochs=0.0,  # linear from 0
+            end_value=0.0,  # cosine, poly, restarts: the last learning rate
+            milestones=(),  # multistep: epochs at which the rate is multiplied by `factor`
+            factor=0.1,
+            power=1.0,  # poly
+            period=10.0,  # restarts: epochs of the first cycle
+            stretch=2.0,  # restarts: each cycle is that much longer than the one before
+        )
+    )
+    config.train = ConfigDict(
+        dict(
+            epochs=1.0,
+            batch_size=128,  # over all devices
+            label_smoothing=0.0,
+            ema=0.0,  # decay of the moving average of weights that is evaluated; 0: none
+            steps_per_dispatch=0,  # 0: 16 on an accelerator with data on the device, else 1
+        )
+    )
+    config.evaluate = ConfigDict(dict(batch_size=500, every_epochs=1.0))
+    config.checkpoint = ConfigDict(
+        dict(
+            every_epochs=1.0,
+            keep=3,  # the newest ones; the best one is kept too
+            init_from="",  # a workdir whose weights to start from, where path and shape match
+        )
+    )
+    config.sharding = ConfigDict(
+        dict(
+            fsdp=1,  # devices over which matching parameters are cut; the rest are data parallel
+            rules=(dict(match="kernel", shard="fsdp"),),  # shard: 'fsdp' or 'replicate'
+        )
+    )
+    config.log = ConfigDict(dict(every_steps=50, tensorboard=True))
+    return config
+
+
+def check(config: ConfigDict) -> None:
+    """Raises a UserError on a field that is unknown, missing, of a wrong type or out of range."""
+    reference = defaults()
+    name = config.get("model", {}).get("name", "")
+    names.pick("model.name", name, models.MODELS)
+    reference.model = model(name)
+    _check_section("config", config.to_dict(), reference.to_dict())
+    for field in ("train.epochs", "train.batch_size", "evaluate.batch_size", "log.every_steps"):
+        _check_positive(config, field)
+    for field in ("evaluate.every_epochs", "checkpoint.every_epochs", "optimizer.accumulate"):
+        _check_positive(config, field)
+    for field, highest in (("train.ema", 1.0), ("train.label_smoothing", 1.0)):
+        section, key = field.split(".")
+        if not 0 <= config[section][key] < highest:
+            raise UserError(
+                f"{field}={config[section][key]}: allowed 0 up to, not including, {highest}"
+            )
+    names.pick("dtype", config.dtype, {"float32": None, "bfloat16": None})
+    for index, rule in enumerate(config.layers):
+        names.check_fields(f"layers[{index}]", rule, rules.FIELDS)
+    for index, rule in enumerate(config.optimizer.rules):
+        names.check_fields(
+            f"optimizer.rules[{index}]", rule, ("match", "learning_rate", "weight_decay")
+        )
+
+
+def _check_positive(config: ConfigDict, field: str) -> None:
+    section, key = field.split(".")
+    if not config[section][key] > 0:
+        raise UserError(f"{field}={config[section][key]}: must be above 0")
+
+
+def _check_section(path: str, given: dict, reference: dict) -> None:
+    names.check_fields(path, given, reference)
+    for key, default in reference.items():
+        field = f"{path}.{key}"
+        if key not in given:
+            raise UserError(
+                f"{field} is missing: build the config on efficient_nets.config.defaults()"
+            )
+        value = given[key]
+        if isinstance(default, dict) and isinstance(value, dict):
+            _check_section(field, value, default)
+        elif not _same_kind(value, default):
+            raise UserError(f"{field}={value!r} has the wrong type: a {_kind(default)} is needed")
+
+
+def _kind(value: Any) -> str:
+    return "tuple" if isinstance(value, tuple | list) else type(value).__name__
+
+
+def _same_kind(value: Any, default: Any) -> bool:
+    if isinstance(default, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return _kind(value) == _kind(default)
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as text: equal configs give equal text."""
+    return json.dumps(_plain(config.to_dict()), indent=2, sort_keys=True)
+
+
+def _plain(value: Any) -> Any:
+    """JSON knows neither tuples nor an int that stands for a float."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, ConfigDict):
+        return _plain(value.to_dict())
+    return float(value) if isinstance(value, float) else value
+
+
+def fingerprint(config: ConfigDict) -> str:
+    """SHA-256 of all fields that change what is computed."""
+    return hashlib.sha256(json.dumps(_identity(json.loads(to_json(config)))).encode()).hexdigest()
+
+
+def _identity(plain: dict) -> dict:
+    flat = _flatten(plain)
+    return {
+        key: value
+        for key, value in sorted(flat.items())
+        if key.split(".")[0] not in FREE_SECTIONS and key not in NOT_NUMERIC
+    }
+
+
+def _flatten(plain: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in plain.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def differences(config: ConfigDict, saved_json: str) -> list[str]:
+    """Fields in which a saved run computes something else, as `field: there A, here B`."""
+    here, there = _identity(json.loads(to_json(config))), _identity(json.loads(saved_json))
+    return [
+        f"{key}: there {there.get(key)!r}, here {here.get(key)!r}"
+        for key in sorted(here.keys() | there.keys())
+        if here.get(key) != there.get(key)
+    ]

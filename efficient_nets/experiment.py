@@ -1,0 +1,149 @@
+"""A config made real: devices, data, net, optimizer, and where each array lies."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from efficient_nets import config as configs
+from efficient_nets import data, layers, models, optim, sharding
+from efficient_nets.errors import UserError
+from efficient_nets.tasks.classification import Classification
+
+
+class TrainState(NamedTuple):
+    """All that a run is; what a checkpoint holds. Trees are nested dicts named by module path.
+
+    Attributes:
+      step: int32, steps made. The position in the data and the random numbers follow from it.
+      key: Key data of the run's random numbers.
+      params: Parameters.
+      stats: The model's other state: running averages.
+      optimizer: State of the optax chain.
+      ema: Moving average of `params`, or an empty dict.
+    """
+
+    step: Array
+    key: Array
+    params: Any
+    stats: Any
+    optimizer: Any
+    ema: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Built by `build`; everything here is static, the arrays are in a `TrainState`.
+
+    Attributes:
+      config: The checked config.
+      mesh: The devices.
+      dataset: See `data.load`.
+      graph: The net without its arrays; `nnx.merge(graph, params, stats)` is the net.
+      abstract: A `TrainState` of shapes with shardings.
+      epoch_steps: Steps an epoch.
+      total_steps: Steps of the run.
+    """
+
+    config: ConfigDict
+    mesh: Mesh
+    dataset: data.Dataset
+    task: Classification
+    graph: nnx.GraphDef
+    optimizer: Any
+    rate: optim.Schedule
+    abstract: TrainState
+    epoch_steps: int
+    total_steps: int
+
+    def initial_state(self) -> TrainState:
+        """Fresh parameters, made on the devices where they stay."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
+        init = functools.partial(_init, self.config, self.dataset.info, self.optimizer)
+        return jax.jit(init, out_shardings=shardings)()
+
+    def steps(self, epochs: float) -> int:
+        return max(round(epochs * self.epoch_steps), 1)
+
+
+def build_model(config: ConfigDict, info: data.Info, key: Array) -> nnx.Module:
+    """The architecture in plain layers, then converted by `config.layers`."""
+    plain_key, convert_key = jax.random.split(key)
+    options = {name: value for name, value in config.model.items() if name != "name"}
+    model = models.create(
+        config.model.name,
+        image_shape=info.image_shape,
+        num_classes=info.num_classes,
+        rngs=nnx.Rngs(plain_key),
+        **options,
+    )
+    model = layers.convert(model, [dict(rule) for rule in config.layers], convert_key)
+    return layers.set_compute_dtype(model, jnp.dtype(config.dtype))
+
+
+def abstract_model(config: ConfigDict, info: data.Info) -> nnx.Module:
+    """`build_model` without arrays: shapes only."""
+    return nnx.eval_shape(lambda: build_model(config, info, jax.random.key(config.seed)))
+
+
+def build(config: ConfigDict, dataset: data.Dataset) -> Experiment:
+    """Checks the config against data and devices and puts the experiment together.
+
+    Raises:
+      UserError: naming the field that does not fit.
+    """
+    configs.check(config)
+    mesh = sharding.make_mesh(config.sharding.fsdp)
+    sharding.check_batch("train.batch_size", config.train.batch_size, mesh)
+    sharding.check_batch("evaluate.batch_size", config.evaluate.batch_size, mesh)
+    if dataset.train is None:
+        raise UserError("data.train='': an experiment needs a split to train on")
+    epoch_steps = len(dataset.train) // config.train.batch_size
+    if not epoch_steps:
+        raise UserError(
+            f"train.batch_size={config.train.batch_size}: the train split has only "
+            f"{len(dataset.train)} samples"
+        )
+    graph, params, _ = nnx.split(abstract_model(config, dataset.info), nnx.Param, ...)
+    updates = epoch_steps / config.optimizer.accumulate
+    rate = optim.schedule(
+        config.schedule, config.optimizer.learning_rate, config.train.epochs, updates
+    )
+    optimizer = optim.optimizer(config.optimizer, rate, nnx.to_pure_dict(params))
+    shapes = jax.eval_shape(functools.partial(_init, config, dataset.info, optimizer))
+    shardings = sharding.state_shardings(shapes, config.sharding.rules, mesh)
+    abstract = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings
+    )
+    return Experiment(
+        config=config,
+        mesh=mesh,
+        dataset=dataset,
+        task=Classification(config.train.label_smoothing),
+        graph=graph,
+        optimizer=optimizer,
+        rate=rate,
+        abstract=abstract,
+        epoch_steps=epoch_steps,
+        total_steps=max(round(config.train.epochs * epoch_steps), 1),
+    )
+
+
+def _init(config: ConfigDict, info: data.Info, optimizer) -> TrainState:
+    model_key, run_key = jax.random.split(jax.random.key(config.seed))
+    _, params, stats = nnx.split(build_model(config, info, model_key), nnx.Param, ...)
+    params, stats = nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        key=jax.random.key_data(run_key),
+        params=params,
+        stats=stats,
+        optimizer=optimizer.init(params),
+        ema=jax.tree.map(jnp.copy, params) if config.train.ema else {},
+    )

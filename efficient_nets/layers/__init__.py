@@ -1,0 +1,26 @@
+"""Flax NNX layers: one Dense and one Conv with four axes, and the rules that set them.
+
+from efficient_nets.layers import Conv, LayerSpec
+
+conv = Conv(16, 32, (3, 3), spec=LayerSpec(neuron="ours", norm="branch"), rngs=nnx.Rngs(0))
+"""
+
+from efficient_nets.layers.linear import Conv, Dense, Layer, kaiming_normal, layer_norm_act
+from efficient_nets.layers.norm import BatchNorm
+from efficient_nets.layers.observe import observing
+from efficient_nets.layers.rules import convert, layers, set_compute_dtype
+from efficient_nets.layers.spec import LayerSpec
+
+__all__ = [
+    "BatchNorm",
+    "Conv",
+    "Dense",
+    "Layer",
+    "LayerSpec",
+    "convert",
+    "kaiming_normal",
+    "layer_norm_act",
+    "layers",
+    "observing",
+    "set_compute_dtype",
+]

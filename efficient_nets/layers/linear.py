@@ -1,0 +1,288 @@
+"""Dense and Conv: the one layer, with its four axes given by a `LayerSpec`."""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from efficient_nets.errors import UserError
+from efficient_nets.layers import norm as norms
+from efficient_nets.layers import observe
+from efficient_nets.layers.spec import LayerSpec
+from efficient_nets.ops import linear_maps, quadratic
+
+Initializer = Callable[..., Array]
+lecun_normal = nnx.initializers.lecun_normal()
+kaiming_normal = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
+
+
+class Branch(nnx.Module):
+    """Parameters of one linear map: `kernel`, perhaps `bias` `(C,)`, perhaps a branch norm."""
+
+    def __init__(self, shape, *, use_bias, norm, kernel_init, bias_init, param_dtype, rngs):
+        features = shape[-1]
+        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
+        self.bias = (
+            nnx.Param(bias_init(rngs.params(), (features,), param_dtype)) if use_bias else None
+        )
+        self.norm = norms.BatchNorm(features, rngs=rngs) if norm else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """All that a layer is built from, so that `convert` can build it anew with another spec."""
+
+    in_features: int
+    features: int
+    kernel_size: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: linear_maps.Padding
+    dilation: tuple[int, ...]
+    groups: int
+    use_bias: bool
+    kernel_init: Initializer
+    bias_init: Initializer
+    dtype: jnp.dtype | None
+    param_dtype: jnp.dtype
+
+    def __post_init__(self):
+        for field in ("in_features", "features", "groups"):
+            if getattr(self, field) < 1:
+                raise UserError(f"{field}={getattr(self, field)}: must be at least 1")
+        for field in ("in_features", "features"):
+            if getattr(self, field) % self.groups:
+                raise UserError(
+                    f"groups={self.groups} does not divide {field}={getattr(self, field)}"
+                )
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        return (*self.kernel_size, self.in_features // self.groups, self.features)
+
+
+class Layer(nnx.Module, abc.ABC):
+    """What Dense and Conv share: branches of parameters, and a linear map that reads them.
+
+    Attributes:
+      geometry: Static shape and initialisation.
+      spec: Static `LayerSpec`.
+      One `Branch` a branch of the neuron, under its name: `w` for linear, `a`, `b`, `c` for `ours`.
+    """
+
+    def __init__(self, geometry: Geometry, spec: LayerSpec | None, rngs: nnx.Rngs):
+        self.geometry, self.spec = geometry, spec or LayerSpec()
+        self._make_branches(rngs)
+
+    def _make_branches(self, rngs: nnx.Rngs) -> None:
+        geometry = self.geometry
+        for name in self.spec.branches:
+            branch = Branch(
+                geometry.kernel_shape,
+                use_bias=geometry.use_bias,
+                norm=self.spec.norm == "branch",
+                kernel_init=geometry.kernel_init,
+                bias_init=geometry.bias_init,
+                param_dtype=geometry.param_dtype,
+                rngs=rngs,
+            )
+            setattr(self, name, branch)
+
+    def respecify(self, spec: LayerSpec, rngs: nnx.Rngs) -> None:
+        """Gives this layer another spec and fresh parameters; the geometry stays."""
+        for name in self.spec.branches:
+            delattr(self, name)
+        self.spec = spec
+        self._make_branches(rngs)
+
+    @property
+    @abc.abstractmethod
+    def linear_map(self) -> Callable[..., Array]:
+        """The static map of `ops.linear_maps` that this layer applies."""
+
+    @property
+    def branches(self) -> list[Branch]:
+        return [getattr(self, name) for name in self.spec.branches]
+
+    def __call__(self, x: Array) -> Array:
+        """x `(N, *spatial, in_features)` to `(N, *spatial', features)`."""
+        return layer_norm_act(x, self)
+
+
+class Dense(Layer):
+    """`neuron(x @ kernel + bias)`: x `(..., in_features)` to `(..., features)`.
+
+    Args:
+      in_features: Size of the last axis of the input.
+      features: Size of the last axis of the output.
+      use_bias: Adds a bias to every branch.
+      spec: The axes; linear, dense, direct and float if not given.
+      dtype: Compute type of the products, the input's if not given; parameters stay in
+        `param_dtype`.
+      rngs: Source of the initial values.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        features: int,
+        *,
+        use_bias: bool = True,
+        spec: LayerSpec | None = None,
+        dtype: jnp.dtype | None = None,
+        param_dtype: jnp.dtype = jnp.float32,
+        kernel_init: Initializer = lecun_normal,
+        bias_init: Initializer = nnx.initializers.zeros,
+        rngs: nnx.Rngs,
+    ):
+        init = (use_bias, kernel_init, bias_init, dtype, param_dtype)
+        super().__init__(Geometry(in_features, features, (), (), "VALID", (), 1, *init), spec, rngs)
+
+    @property
+    def linear_map(self) -> linear_maps.DenseMap:
+        return linear_maps.DenseMap()
+
+
+class Conv(Layer):
+    """`neuron(convolution(x, kernel) + bias)`: NHWC input, HWIO kernel (1-D and 3-D alike).
+
+    Args:
+      in_features: Channels of the input.
+      features: Channels of the output.
+      kernel_size: One number a spatial axis; `(3, 3)` for images.
+      strides: Window strides, a number or one a spatial axis.
+      padding: 'SAME', 'VALID', or zeros added to each spatial axis: a number for both sides, one
+        number an axis, or a (low, high) pair an axis. 'SAME' under stride 2 pads more on the high
+        side; the papers' nets pad `kernel_size // 2` on both.
+      dilation: Kernel dilation, a number or one a spatial axis.
+      groups: Channel groups; `groups=in_features` is a depthwise convolution.
+      use_bias, spec, dtype, param_dtype, kernel_init, bias_init, rngs: As in `Dense`.
+
+    Raises:
+      ValueError: naming the argument, if groups do not divide the channels or a tuple's length is
+        not that of kernel_size.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        features: int,
+        kernel_size: Sequence[int],
+        *,
+        strides: int | Sequence[int] = 1,
+        padding: str | int | Sequence[int] | Sequence[tuple[int, int]] = "SAME",
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        use_bias: bool = True,
+        spec: LayerSpec | None = None,
+        dtype: jnp.dtype | None = None,
+        param_dtype: jnp.dtype = jnp.float32,
+        kernel_init: Initializer = kaiming_normal,
+        bias_init: Initializer = nnx.initializers.zeros,
+        rngs: nnx.Rngs,
+    ):
+        kernel_size = tuple(kernel_size)
+        if not 1 <= len(kernel_size) <= 3:
+            raise UserError(f"kernel_size={kernel_size}: give 1, 2 or 3 numbers")
+        rank = len(kernel_size)
+        window = (
+            kernel_size,
+            _per_axis("strides", strides, rank),
+            _padding(padding, rank),
+            _per_axis("dilation", dilation, rank),
+        )
+        init = (use_bias, kernel_init, bias_init, dtype, param_dtype)
+        super().__init__(Geometry(in_features, features, *window, groups, *init), spec, rngs)
+
+    @property
+    def linear_map(self) -> linear_maps.ConvMap:
+        g = self.geometry
+        return linear_maps.ConvMap(g.strides, g.padding, g.dilation, g.groups)
+
+
+def _per_axis(field: str, value: int | Sequence[int], rank: int) -> tuple[int, ...]:
+    values = (value,) * rank if isinstance(value, int) else tuple(value)
+    if len(values) != rank or min(values) < 1:
+        raise UserError(f"{field}={value}: give a positive number, or {rank} of them")
+    return values
+
+
+def _padding(value, rank: int) -> linear_maps.Padding:
+    if isinstance(value, str):
+        if value not in ("SAME", "VALID"):
+            raise UserError(
+                f"padding={value!r}: allowed 'SAME', 'VALID', a number, or {rank} pairs"
+            )
+        return value
+    sides = (value,) * rank if isinstance(value, int) else tuple(value)
+    if len(sides) != rank:
+        raise UserError(f"padding={value}: give 'SAME', 'VALID', a number, or {rank} of them")
+    return tuple((side, side) if isinstance(side, int) else tuple(side) for side in sides)
+
+
+def layer_norm_act(
+    x: Array,
+    layer: Layer,
+    norm: nnx.Module | None = None,
+    activation: Callable[[Array], Array] | None = None,
+) -> Array:
+    """`activation(norm(layer(x)))`, as one unit where the hybrid backward can take both in.
+
+    Models call it instead of the three in turn: then a quadratic layer followed by a batch norm and
+    an activation keeps nothing but its input for the backward pass.
+
+    Args:
+      x: `(N, *spatial, in_features)`.
+      layer: Dense or Conv.
+      norm: A module on `(N, *spatial', features)`, or None.
+      activation: Elementwise and hashable (a plain function), or None.
+    """
+    geometry = layer.geometry
+    if x.shape[-1] != geometry.in_features:
+        raise UserError(f"in_features={geometry.in_features}, but the input is {x.shape}")
+    whole = norm is None or isinstance(norm, norms.BatchNorm)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise UserError(f"the input has dtype {x.dtype}: a floating one is needed")
+    y = _apply_unit(
+        x.astype(geometry.dtype or x.dtype),
+        layer,
+        norm if whole else None,
+        activation if whole else None,
+    )
+    observe.observed(layer, x, y)
+    if whole:
+        return y
+    y = norms.normalise(norm, y)
+    return y if activation is None else activation(y)
+
+
+def _apply_unit(x: Array, layer: Layer, norm, activation) -> Array:
+    branches = layer.branches
+    biases = branch_norms = None
+    if layer.geometry.use_bias:
+        biases = tuple(branch.bias[...] for branch in branches)
+    static = quadratic.Unit(layer.spec.neuron, layer.linear_map, activation)
+    if layer.spec.norm == "branch":
+        branch_norms = tuple(branch.norm.arrays() for branch in branches)
+        static = dataclasses.replace(static, branch_epsilon=branches[0].norm.epsilon)
+    if norm is not None:
+        static = dataclasses.replace(static, outer_epsilon=norm.epsilon)
+    apply = quadratic.hybrid_unit if layer.spec.backward == "hybrid" else quadratic.unit
+    if layer.spec == dataclasses.replace(LayerSpec(), backward=layer.spec.backward):
+        apply = quadratic.unit
+    y, statistics = apply(
+        static,
+        x,
+        tuple(branch.kernel[...] for branch in branches),
+        biases,
+        branch_norms,
+        norms.arrays_or_none(norm),
+    )
+    if branch_norms is not None:
+        for branch, batch in zip(branches, statistics.branches, strict=True):
+            branch.norm.update(batch)
+    if norm is not None:
+        norm.update(statistics.outer)
+    return y

@@ -1,0 +1,52 @@
+"""Batch norm: Flax's, with the arguments our units need, and its arrays for `ops.quadratic`."""
+
+from flax import nnx
+from jax import Array
+
+from efficient_nets.ops import quadratic
+
+
+class BatchNorm(nnx.BatchNorm):
+    """`nnx.BatchNorm` over all axes but the last, statistics in two passes and in float32.
+
+    Running averages move as `momentum * old + (1 - momentum) * batch`, in training mode only
+    (`use_running_average=False`, which `model.train()` sets and `model.eval()` undoes).
+
+    Args:
+      features: Number of channels C.
+      momentum: Share of the old running average that a step keeps.
+      epsilon: Added to the variance.
+    """
+
+    def __init__(
+        self, features: int, *, momentum: float = 0.9, epsilon: float = 1e-5, rngs: nnx.Rngs
+    ):
+        super().__init__(
+            features,
+            momentum=momentum,
+            epsilon=epsilon,
+            use_fast_variance=False,
+            use_running_average=False,
+            rngs=rngs,
+        )
+
+    def arrays(self) -> quadratic.Norm:
+        """Scale and bias, with the running statistics if they are what normalises now."""
+        frozen = (self.mean[...], self.var[...]) if self.use_running_average else (None, None)
+        return quadratic.Norm(self.scale[...], self.bias[...], *frozen)
+
+    def update(self, batch: quadratic.Moments) -> None:
+        """Moves the running averages towards the batch's moments, `(C,)` each, if in training."""
+        if self.use_running_average:
+            return
+        for average, new in ((self.mean, batch.mean), (self.var, batch.var)):
+            moved = self.momentum * average[...] + (1 - self.momentum) * new
+            average[...] = moved.astype(average.dtype)
+
+
+def arrays_or_none(norm: BatchNorm | None) -> quadratic.Norm | None:
+    return None if norm is None else norm.arrays()
+
+
+def normalise(norm: nnx.Module | None, x: Array) -> Array:
+    return x if norm is None else norm(x)

@@ -1,0 +1,56 @@
+"""Architectures in plain layers; `layers.convert` makes their quadratic and other forms.
+
+    model = models.create("resnet", image_shape=(32, 32, 3), num_classes=10, rngs=rngs, depth=32)
+    logits = model(images)
+
+Every model maps float images `(N, H, W, C)` to logits `(N, num_classes)`.
+"""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from flax import nnx
+
+from efficient_nets import names
+from efficient_nets.errors import UserError
+from efficient_nets.models.lenet import LeNet
+from efficient_nets.models.mobilenet import MobileNet
+from efficient_nets.models.resnet import ResNet
+from efficient_nets.models.vgg import VGG
+
+MODELS = {"lenet": LeNet, "vgg": VGG, "resnet": ResNet, "mobilenet": MobileNet}
+
+
+def options(name: str) -> dict[str, Any]:
+    """The options of an architecture with their defaults: int, float, bool, str or tuple.
+
+    Raises:
+      UserError: if there is no such architecture.
+    """
+    signature = inspect.signature(names.pick("model.name", name, MODELS).__init__)
+    return {p.name: p.default for p in signature.parameters.values() if p.default is not p.empty}
+
+
+def create(
+    name: str, *, image_shape: Sequence[int], num_classes: int, rngs: nnx.Rngs, **given
+) -> nnx.Module:
+    """A model with fresh parameters.
+
+    Args:
+      name: A key of `MODELS`.
+      image_shape: `(H, W, C)`; models that end in a global mean take other sizes later on.
+      num_classes: Number of logits.
+      rngs: Source of the initial values.
+      **given: The architecture's options, see `options(name)`.
+
+    Raises:
+      UserError: on an unknown architecture or option, or a value that it cannot have.
+    """
+    names.check_fields("model", given, options(name))
+    image_shape = tuple(image_shape)
+    if len(image_shape) != 3 or min(image_shape) < 1:
+        raise UserError(f"image_shape={image_shape}: give (height, width, channels)")
+    if num_classes < 1:
+        raise UserError(f"num_classes={num_classes}: must be at least 1")
+    return MODELS[name](image_shape=image_shape, num_classes=num_classes, rngs=rngs, **given)

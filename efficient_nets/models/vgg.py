@@ -1,0 +1,72 @@
+"""VGG with batch norm (arXiv 1409.1556), and QuadraLib's shallow layout Q7 (arXiv 2204.01701)."""
+
+from flax import nnx
+from jax import Array
+
+from efficient_nets import names
+from efficient_nets.layers import BatchNorm, layer_norm_act
+from efficient_nets.models import parts
+
+# Channels of the convolutions of each stage; a 2x2 max pooling ends a stage.
+LAYOUTS = {
+    "A": ((64,), (128,), (256,) * 2, (512,) * 2, (512,) * 2),
+    "B": ((64,) * 2, (128,) * 2, (256,) * 2, (512,) * 2, (512,) * 2),
+    "D": ((64,) * 2, (128,) * 2, (256,) * 3, (512,) * 3, (512,) * 3),
+    "E": ((64,) * 2, (128,) * 2, (256,) * 4, (512,) * 4, (512,) * 4),
+    "Q7": ((64,) * 2, (128,) * 2, (256,), (512,), (512,)),
+}
+
+
+class ConvBlock(nnx.Module):
+    """3x3 convolution with bias, batch norm, ReLU."""
+
+    def __init__(self, in_features: int, features: int, *, rngs: nnx.Rngs):
+        self.conv = parts.conv(in_features, features, 3, use_bias=True, rngs=rngs)
+        self.norm = BatchNorm(features, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return layer_norm_act(x, self.conv, self.norm, nnx.relu)
+
+
+class VGG(nnx.Module):
+    """Five stages `stage1` to `stage5` of convolutions, a global mean, the head.
+
+    14,728,266 parameters for layout D (VGG-16), 3 channels and 10 classes.
+
+    Args:
+      image_shape: `(H, W, C)`, at least 32 pixels high and wide.
+      num_classes: Number of logits.
+      layout: A (VGG-11), B (13), D (16), E (19), or Q7, which QVGG-7 is converted from.
+      width: Multiplies all channel numbers.
+      rngs: Source of the initial values.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_shape: tuple[int, int, int],
+        num_classes: int,
+        layout: str = "D",
+        width: float = 1.0,
+        rngs: nnx.Rngs,
+    ):
+        stages = names.pick("model.layout", layout, LAYOUTS)
+        parts.check_size(image_shape, halvings=len(stages))
+        self.stages = len(stages)
+        channels = image_shape[-1]
+        for number, stage in enumerate(stages, start=1):
+            blocks = nnx.List([])
+            for features in (parts.scaled(features, width) for features in stage):
+                blocks.append(ConvBlock(channels, features, rngs=rngs))
+                channels = features
+            setattr(self, f"stage{number}", blocks)
+        self.head = parts.head(channels, num_classes, rngs=rngs)
+
+    def __call__(self, images: Array) -> Array:
+        """Images `(N, H, W, C)` to logits `(N, num_classes)`."""
+        x = images
+        for number in range(1, self.stages + 1):
+            for block in getattr(self, f"stage{number}"):
+                x = block(x)
+            x = parts.max_pool2(x)
+        return self.head(parts.global_mean(x))

@@ -1,0 +1,78 @@
+"""Linear maps `(x, kernels) -> z`, linear in `x` and in each kernel: the algorithm axis.
+
+A neuron with several branches (see `ops.quadratic`) needs several linear maps of one input. They
+are fused: the branch kernels are concatenated on the output axis, so one convolution computes them
+all and its gradient is one input gradient and one kernel gradient.
+
+A map is a frozen, hashable dataclass, so that it can be a static argument of a `custom_vjp`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+Padding = str | tuple[tuple[int, int], ...]
+
+
+def fuse(parts: Sequence[Array], groups: int = 1) -> Array:
+    """Concatenates B arrays `(..., C)` to `(..., B*C)`, interleaved by group.
+
+    Group g of the result is (a_g, b_g, ...), which is what a grouped convolution needs: its output
+    channels are cut into `groups` contiguous runs, and run g may read input group g only.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    if groups == 1:
+        return jnp.concatenate(parts, axis=-1)
+    lead, channels = parts[0].shape[:-1], parts[0].shape[-1]
+    runs = [part.reshape(*lead, groups, channels // groups) for part in parts]
+    return jnp.stack(runs, axis=-2).reshape(*lead, len(parts) * channels)
+
+
+def split(z: Array, branches: int, groups: int = 1) -> list[Array]:
+    """Undoes `fuse`: `(..., B*C)` to B arrays `(..., C)`."""
+    if branches == 1:
+        return [z]
+    if groups == 1:
+        return jnp.split(z, branches, axis=-1)
+    lead, width = z.shape[:-1], z.shape[-1] // branches
+    runs = z.reshape(*lead, groups, branches, width // groups)
+    return [runs[..., branch, :].reshape(*lead, width) for branch in range(branches)]
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseMap:
+    """Matrix product. x `(..., in)`, each kernel `(in, out)`, result `(..., B*out)`."""
+
+    groups: int = 1
+
+    def __call__(self, x: Array, kernels: Sequence[Array]) -> Array:
+        return x @ fuse(kernels).astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvMap:
+    """Direct convolution over 1, 2 or 3 spatial axes.
+
+    x `(N, *spatial, in)`, each kernel `(*kernel_size, in/groups, out)`, result
+    `(N, *spatial', B*out)`.
+    """
+
+    strides: tuple[int, ...]
+    padding: Padding
+    dilation: tuple[int, ...]
+    groups: int = 1
+
+    def __call__(self, x: Array, kernels: Sequence[Array]) -> Array:
+        spatial = "DHW"[-len(self.strides) :]
+        return lax.conv_general_dilated(
+            x,
+            fuse(kernels, self.groups).astype(x.dtype),
+            window_strides=self.strides,
+            padding=self.padding,
+            rhs_dilation=self.dilation,
+            dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
+            feature_group_count=self.groups,
+        )

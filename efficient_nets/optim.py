@@ -1,0 +1,167 @@
+"""Optimizers and learning-rate schedules, from optax, with decay and rate set by parameter path."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from efficient_nets import names, paths
+from efficient_nets.errors import UserError
+
+Schedule = Callable[[jax.Array], jax.Array]
+
+
+def schedule(config: ConfigDict, learning_rate: float, epochs: float, per_epoch: float) -> Schedule:
+    """Learning rate as a function of the number of updates made.
+
+    Args:
+      config: `config.schedule`.
+      learning_rate: The peak.
+      epochs: Length of the run; warm-up included.
+      per_epoch: Updates an epoch.
+    """
+    warmup = round(config.warmup_epochs * per_epoch)
+    total = max(round(epochs * per_epoch), 1)
+    if warmup >= total and warmup:
+        raise UserError(
+            f"schedule.warmup_epochs={config.warmup_epochs}: must be below train.epochs={epochs}"
+        )
+    rate = names.pick("schedule.name", config.name, SCHEDULES)(
+        config, learning_rate, total - warmup, per_epoch, warmup
+    )
+    if warmup:
+        rise = optax.linear_schedule(0.0, learning_rate, warmup)
+        rate = optax.join_schedules([rise, rate], [warmup])
+    return _standard_promotion(rate)
+
+
+def _standard_promotion(function: Callable) -> Callable:
+    """Optax's arithmetic mixes int and float, which JAX's strict mode would refuse."""
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def _cosine(config, peak, steps, per_epoch, warmup):
+    return optax.cosine_decay_schedule(peak, steps, alpha=config.end_value / peak)
+
+
+def _multistep(config, peak, steps, per_epoch, warmup):
+    if not config.milestones:
+        raise UserError(
+            "schedule.milestones=(): multistep needs the epochs at which the rate drops"
+        )
+    return optax.piecewise_constant_schedule(
+        peak, {round(epoch * per_epoch) - warmup: config.factor for epoch in config.milestones}
+    )
+
+
+def _restarts(config, peak, steps, per_epoch, warmup):
+    if config.period <= 0 or config.stretch < 1:
+        raise UserError(
+            f"schedule.period={config.period}, schedule.stretch={config.stretch}: "
+            "restarts need a period above 0 and a stretch of at least 1"
+        )
+    cycles, ends, period = [], [], config.period * per_epoch
+    while not ends or ends[-1] < steps:
+        length = max(round(period), 1)
+        cycles.append(optax.cosine_decay_schedule(peak, length, alpha=config.end_value / peak))
+        ends.append((ends[-1] if ends else 0) + length)
+        period *= config.stretch
+    return optax.join_schedules(cycles, ends[:-1])
+
+
+SCHEDULES = {
+    "constant": lambda config, peak, steps, per_epoch, warmup: optax.constant_schedule(peak),
+    "cosine": _cosine,
+    "multistep": _multistep,
+    "poly": lambda config, peak, steps, per_epoch, warmup: optax.polynomial_schedule(
+        peak, config.end_value, config.power, steps
+    ),
+    "restarts": _restarts,
+}
+
+
+def _sgd(config, decay):
+    momentum = (
+        optax.trace(config.momentum, config.nesterov) if config.momentum else optax.identity()
+    )
+    return optax.chain(decay, momentum)
+
+
+def _scale_by_adam(config):
+    return optax.scale_by_adam(config.b1, config.b2, config.epsilon)
+
+
+OPTIMIZERS = {
+    "sgd": _sgd,
+    "adam": lambda config, decay: optax.chain(decay, _scale_by_adam(config)),
+    "adamw": lambda config, decay: optax.chain(_scale_by_adam(config), decay),
+    "lamb": lambda config, decay: optax.chain(
+        _scale_by_adam(config), decay, optax.scale_by_trust_ratio()
+    ),
+}
+
+
+def optimizer(config: ConfigDict, rate: Schedule, params: Any) -> optax.GradientTransformation:
+    """Clip, then the named method with its weight decay, then the learning rate.
+
+    SGD and Adam add `weight_decay * parameter` to the gradient (L2), AdamW and LAMB to the update
+    (decoupled). `config.rules` set decay and rate by parameter path; by default biases and norm
+    scales are not decayed.
+
+    Args:
+      config: `config.optimizer`.
+      rate: Learning rate by number of updates.
+      params: Parameters or their shapes, for their paths.
+
+    Raises:
+      UserError: on an unknown name, or a rule that matches no parameter.
+    """
+    make = names.pick("optimizer.name", config.name, OPTIMIZERS)
+    rules = [dict(rule) for rule in config.rules]
+    if missing := paths.unmatched(rules, params):
+        raise UserError(
+            f"optimizer.rules: {missing[0]!r} matches no parameter: "
+            + ", ".join(paths.named_leaves(params))
+        )
+
+    def by_path(field, default):
+        return paths.map_named(
+            lambda leaf, _: float(paths.lookup(rules, leaf, field, default)), params
+        )
+
+    decays = by_path("weight_decay", config.weight_decay)
+    factors = by_path("learning_rate", 1.0)
+    decay = optax.stateless(
+        lambda updates, params: jax.tree.map(
+            lambda u, p, wd: u + wd * p if wd else u, updates, params, decays
+        )
+    )
+    parts = [
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        make(config, decay),
+        optax.scale_by_learning_rate(rate),
+        optax.stateless(
+            lambda updates, _: jax.tree.map(
+                lambda u, factor: u * factor if factor != 1.0 else u, updates, factors
+            )
+        ),
+    ]
+    chain = optax.chain(*parts)
+    if config.accumulate > 1:
+        chain = optax.MultiSteps(chain, config.accumulate).gradient_transformation()
+    return optax.GradientTransformation(chain.init, _standard_promotion(chain.update))
+
+
+def is_update(step: jax.Array, accumulate: int) -> jax.Array:
+    """Whether step (from 0) ends with a change of the parameters."""
+    return jnp.equal(jnp.remainder(step + 1, accumulate), 0)

@@ -1,0 +1,57 @@
+"""Image classification: cross-entropy over soft labels, accuracy."""
+
+import dataclasses
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+from clu import metrics
+from jax import Array
+
+
+@flax.struct.dataclass
+class Scores(metrics.Collection):
+    """Sums over an evaluated split; padding rows weigh 0, so every sample counts once."""
+
+    loss: metrics.Average.from_output("loss")
+    accuracy: metrics.Average.from_output("correct")
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """The task. label_smoothing: share of the label's weight that is spread over all classes."""
+
+    label_smoothing: float = 0.0
+
+    def loss(self, logits: Array, labels: Array) -> tuple[Array, dict[str, Array]]:
+        """Mean loss, and metrics, of one training batch.
+
+        Args:
+          logits: `(N, classes)`, any float type; the loss is taken in float32.
+          labels: `(N, classes)`, rows that sum to 1 (one-hot, or mixed by mixup).
+        """
+        logits = logits.astype(jnp.float32)
+        smooth = optax.smooth_labels(labels, self.label_smoothing)
+        loss = jnp.mean(optax.softmax_cross_entropy(logits, smooth))
+        hits = jnp.argmax(logits, -1) == jnp.argmax(labels, -1)
+        return loss, {"loss": loss, "accuracy": jnp.mean(hits.astype(jnp.float32))}
+
+    def scores(self, logits: Array, labels: Array, weights: Array) -> Scores:
+        """Scores of one evaluation batch: integer labels `(N,)`, weights `(N,)` of 0 or 1."""
+        logits = logits.astype(jnp.float32)
+        return Scores.single_from_model_output(
+            loss=optax.softmax_cross_entropy_with_integer_labels(logits, labels),
+            correct=(jnp.argmax(logits, -1) == labels).astype(jnp.float32),
+            mask=weights > 0,
+        )
+
+    def empty_scores(self) -> Scores:
+        return Scores.empty()
+
+
+def summarise(scores: Scores) -> dict[str, float]:
+    """Means in double precision: 346 of 360 is 0.9611111111111111."""
+    means = {"loss": scores.loss, "accuracy": scores.accuracy}
+    sums = jax.device_get({name: (mean.total, mean.count) for name, mean in means.items()})
+    return {name: float(total) / float(count) for name, (total, count) in sums.items()}

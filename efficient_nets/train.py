@@ -1,0 +1,228 @@
+"""The training loop, readable top to bottom; a step is one pure jitted function.
+
+A run is a function of its config: the batch of step s, its random numbers and its learning rate
+follow from s, so a run that is stopped anywhere and started again by the same command ends
+bit-equal to one that was not (on the same number of devices).
+"""
+
+import contextlib
+import functools
+import hashlib
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from flax import nnx
+from jax import lax
+from ml_collections import ConfigDict
+
+from efficient_nets import config as configs
+from efficient_nets import data, experiment, optim, paths, reporting, sharding, workdirs
+from efficient_nets.checkpoint import Checkpoints
+from efficient_nets.errors import TrainingDiverged
+from efficient_nets.evaluation import evaluate_all, evaluators, put_resident
+from efficient_nets.experiment import Experiment, TrainState
+from efficient_nets.preemption import Preemption
+
+
+def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+    """Trains to the end of `config.train.epochs`, from the newest checkpoint if there is one.
+
+    Returns:
+      What `result.json` holds.
+
+    Raises:
+      UserError: on a config that does not fit itself, the data, the devices or the workdir.
+      TrainingDiverged: if loss or gradient is not finite; the last good checkpoint stays.
+    """
+    configs.check(config)
+    workdirs.claim(workdir, config)
+    info = data.describe(config.data)
+    costs = workdirs.write_summary(workdir, experiment.abstract_model(config, info), info)
+    dataset = data.load(config.data)
+    run = experiment.build(config, dataset)
+
+    checkpoints = Checkpoints(
+        workdir / "checkpoints",
+        keep=config.checkpoint.keep,
+        best_metric=workdirs.best_metric(dataset),
+    )
+    state, meta = _start(run, checkpoints)
+    reporter = reporting.Reporter(
+        workdir, int(state.step), run.total_steps, tensorboard=config.log.tensorboard
+    )
+    evaluation = evaluators(run)
+    with contextlib.closing(checkpoints), contextlib.closing(reporter):
+        with _explaining_divergence(checkpoints):
+            state, meta = _loop(run, state, meta, evaluation, checkpoints, reporter)
+        result = evaluate_all(evaluation, state) | _result(run, state, meta, costs)
+    workdirs.write_result(workdir, result)
+    return result
+
+
+def _start(run: Experiment, checkpoints: Checkpoints) -> tuple[TrainState, dict]:
+    restored = checkpoints.restore(run.abstract)
+    if restored is not None:
+        state, meta, step = restored
+        logging.info("Goes on from the checkpoint of step %d.", step)
+        return state, meta
+    state = run.initial_state()
+    if run.config.checkpoint.init_from:
+        state = workdirs.warm_start(run, state)
+    return state, {}
+
+
+def _loop(run: Experiment, state, meta, evaluation, checkpoints, reporter):
+    """Trains to the end; returns the last state and the meta data of its checkpoint."""
+    config, step = run.config, int(state.step)
+    resident = put_resident(run, "train")
+    step_fn = jax.jit(
+        functools.partial(train_steps, run), static_argnames="count", donate_argnums=0
+    )
+    meter = reporting.Meter(meta, reporter, config.train.batch_size, config.log.every_steps)
+    with Preemption() as preemption:
+        for count, batch in _dispatches(run, step, on_device=resident is not None):
+            state, metrics = step_fn(state, batch, resident, count=count)
+            meter.push(step, count, metrics)
+            step += count
+            last, scores = step == run.total_steps, {}
+            if last or step % run.steps(config.evaluate.every_epochs) == 0:
+                meter.settle()
+                with meter.paused():
+                    scores = evaluate_all(evaluation[:1], state)
+                reporter.scalars(step, scores)
+                reporter.line(reporting.evaluation_line(step / run.epoch_steps, step, scores))
+            stop = preemption.reached(step)
+            if last or stop or step % run.steps(config.checkpoint.every_epochs) == 0:
+                meter.settle()  # raises if the state is not worth saving
+                meta = meter.meta()
+                checkpoints.save(step, state, meta=meta, metrics=scores or None)
+            if stop and not last:
+                checkpoints.wait()
+                reporter.line(f"Stopped by SIGTERM; saved step {step}. The same command goes on.")
+                preemption.exit()
+    return state, meta
+
+
+def train_steps(run: Experiment, state: TrainState, batch, resident, *, count: int):
+    """`count` steps in one dispatch: arrays of `batch` have a leading axis of that length if > 1.
+
+    Returns:
+      The new state, and metrics, each `(count,)` or a scalar for one step.
+    """
+    one = functools.partial(train_step, run)
+    if count == 1:
+        return one(state, batch, resident)
+    return lax.scan(lambda state, batch: one(state, batch, resident), state, batch)
+
+
+def train_step(run: Experiment, state: TrainState, batch: dict, resident: dict | None):
+    """One step: gather, augment, loss, gradient, update. Pure."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    batch = data.gather(resident, batch)
+    images, labels = data.augment(
+        key,
+        batch["image"],
+        batch["label"],
+        spec=data.Augmentation.from_config(run.config.data),
+        info=run.dataset.info,
+    )
+
+    def loss_fn(params):
+        model = nnx.merge(run.graph, params, state.stats)
+        model.train()
+        loss, metrics = run.task.loss(model(images), labels)
+        return loss, (_stats(model), metrics)
+
+    gradient, (stats, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
+    updates, optimizer = run.optimizer.update(gradient, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
+    accumulate = run.config.optimizer.accumulate
+    metrics["gradient_norm"] = optax.tree.norm(gradient)
+    metrics["learning_rate"] = jnp.asarray(run.rate(state.step // accumulate), jnp.float32)
+    return TrainState(
+        step=state.step + 1,
+        key=state.key,
+        params=params,
+        stats=stats,
+        optimizer=optimizer,
+        ema=_moved(run, state, params),
+    ), metrics
+
+
+def _stats(model: nnx.Module):
+    return nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
+
+
+def _moved(run: Experiment, state: TrainState, params):
+    decay = run.config.train.ema
+    if not decay:
+        return {}
+    moves = optim.is_update(state.step, run.config.optimizer.accumulate)
+    keep = jnp.where(moves, decay, 1.0).astype(jnp.float32)
+    return jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, state.ema, params)
+
+
+def _dispatches(run: Experiment, step: int, on_device: bool):
+    """`(count, batch)` to the end of the run. The counts follow from the steps alone."""
+    config = run.config
+    size = config.train.batch_size
+    most = config.train.steps_per_dispatch
+    if not most:  # XLA:CPU runs a convolution in a loop body many times slower than outside
+        most = 16 if on_device and jax.default_backend() != "cpu" else 1
+    periods = [run.steps(config.evaluate.every_epochs), run.steps(config.checkpoint.every_epochs)]
+    batches = data.train_batches(
+        run.dataset.train,
+        size,
+        seed=config.seed,
+        first_step=step,
+        rows=sharding.process_rows(size),
+    )
+    while step < run.total_steps:
+        boundary = min([run.total_steps, *(step - step % p + p for p in periods)])
+        count = min(most - step % most, boundary - step)
+        rows = [next(batches) for _ in range(count)]
+        batch = rows[0] if count == 1 else jax.tree.map(lambda *each: np.stack(each), *rows)
+        yield count, sharding.put_batch(batch, run.mesh, stacked=count > 1)
+        step += count
+
+
+@contextlib.contextmanager
+def _explaining_divergence(checkpoints: Checkpoints):
+    try:
+        yield
+    except TrainingDiverged as error:
+        checkpoints.wait()
+        saved = checkpoints.steps()
+        good = f"the last good checkpoint is step {saved[-1]}" if saved else "no checkpoint yet"
+        raise TrainingDiverged(
+            f"{error}; {good}. Try a lower optimizer.learning_rate, schedule.warmup_epochs, or "
+            "optimizer.clip_norm"
+        ) from error
+
+
+def _result(run: Experiment, state: TrainState, meta: dict, costs: dict) -> dict[str, Any]:
+    return {
+        "params": costs["params"],
+        "macs": costs["macs"],
+        "steps": int(state.step),
+        "seconds": meta["seconds"],
+        "images_per_second": meta["images_per_second"],
+        "dataset": run.dataset.info.name,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "config_hash": configs.fingerprint(run.config),
+        "params_digest": digest(state.params),
+    }
+
+
+def digest(params: Any) -> str:
+    """SHA-256 over names, shapes and bytes of all parameters, in the order of their names."""
+    total = hashlib.sha256()
+    for leaf, value in sorted(paths.named_leaves(sharding.fetch(params)).items()):
+        total.update(f"{leaf} {value.dtype} {value.shape}\n".encode())
+        total.update(np.ascontiguousarray(value).tobytes())
+    return total.hexdigest()

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Checks the source and runs the tests; arguments go to pytest.
+#
+#   ./launch/test.sh                                    all but the slow tests, 12 minutes at most
+#   ./launch/test.sh -m slow                            the slow ones alone
+#   ./launch/test.sh tests/launch_test.py -k stamp      some
+#   VENV=.venv-3.12 PYTHON=python3.12 ./launch/test.sh  on another Python
+#   EXTRAS=test,tpu ./launch/test.sh -m slow            with libtpu, to compile for a TPU
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/env.sh"
+
+dry || ensure_env "${EXTRAS-test}"
+run "$VENV/bin/python" -m ruff check
+run "$VENV/bin/python" -m ruff format --check
+run exec "$VENV/bin/python" -m pytest -n 2 "$@"

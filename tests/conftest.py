@@ -1,0 +1,27 @@
+"""Every test runs on eight fake CPU devices, with JAX's strict modes on.
+
+The environment is set before JAX is imported, and so reaches the processes that tests start; the
+modes and the compile cache hold in this process alone.
+"""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+# libtpu, which compiles for a TPU that is not there, else lets in one process at a time.
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+# No test may lean on data sets that someone happens to have prepared.
+os.environ["TFDS_DATA_DIR"] = os.devnull
+
+import jax  # noqa: E402
+
+
+def pytest_configure(config):
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    # Shared by the xdist workers and by later runs. Never through the environment: a process that a
+    # test kills would leave cut-off entries behind.
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

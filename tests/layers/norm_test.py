@@ -1,0 +1,98 @@
+"""Running averages are Flax's, bit for bit, and so is the norm called alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from efficient_nets.layers import BatchNorm, Dense, LayerSpec, layer_norm_act
+
+STEPS = 3
+
+
+def _batches(*shape):
+    random = np.random.default_rng(0)
+    return [jnp.asarray(random.normal(i, 1 + i, shape), jnp.float32) for i in range(STEPS)]
+
+
+def _theirs(features, momentum):
+    return nnx.BatchNorm(
+        features, momentum=momentum, epsilon=1e-5, use_fast_variance=False, rngs=nnx.Rngs(0)
+    )
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.99])
+@pytest.mark.parametrize("where", ["outer", "branch"])
+def test_averages_are_flaxs_exactly(where, momentum):
+    theirs = _theirs(4, momentum)
+    ours = BatchNorm(4, momentum=momentum, rngs=nnx.Rngs(0))
+    linear = Dense(3, 4, rngs=nnx.Rngs(0))
+    branched = Dense(3, 4, spec=LayerSpec(norm="branch"), rngs=nnx.Rngs(0))
+    branched.w.kernel[...] = linear.w.kernel[...]
+    branched.w.norm = ours
+    for x in _batches(8, 5, 3):
+        theirs(linear(x))
+        branched(x) if where == "branch" else layer_norm_act(x, linear, ours)
+        np.testing.assert_array_equal(ours.mean[...], theirs.mean[...])
+        np.testing.assert_array_equal(ours.var[...], theirs.var[...])
+    assert jnp.max(jnp.abs(ours.mean[...])) > 0.01
+
+
+@pytest.mark.parametrize("spec", [LayerSpec("ours"), LayerSpec("ours", norm="branch")])
+def test_averages_behind_a_product_are_flaxs(spec):
+    theirs, ours = _theirs(4, 0.9), BatchNorm(4, rngs=nnx.Rngs(0))
+    fused, apart = (Dense(3, 4, spec=spec, rngs=nnx.Rngs(0)) for _ in range(2))
+    for x in _batches(8, 5, 3):
+        theirs(apart(x))
+        layer_norm_act(x, fused, ours)
+    # float32 moments of 40 values, in two programs that round a * b + c differently
+    np.testing.assert_allclose(ours.mean[...], theirs.mean[...], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(ours.var[...], theirs.var[...], rtol=1e-5, atol=1e-5)
+
+
+def test_alone_it_is_flaxs():
+    ours, theirs = BatchNorm(3, rngs=nnx.Rngs(0)), _theirs(3, 0.9)
+    for x in _batches(8, 3):
+        np.testing.assert_array_equal(ours(x), theirs(x))
+    ours.eval(), theirs.eval()
+    np.testing.assert_array_equal(ours(x), theirs(x))
+
+
+def test_variance_survives_a_large_mean():
+    """E[x^2] - E[x]^2 would leave nothing of it: 1000^2 has a rounding of 0.06 in float32."""
+    norm, random = BatchNorm(2, momentum=0.0, rngs=nnx.Rngs(0)), np.random.default_rng(0)
+    x = jnp.asarray(random.normal(1000, 0.1, (64, 2)), jnp.float32)
+    identity = Dense(2, 2, use_bias=False, kernel_init=lambda *_: jnp.eye(2), rngs=nnx.Rngs(0))
+    layer_norm_act(x, identity, norm)
+    expected = np.var(np.asarray(x, np.float64), 0)
+    np.testing.assert_allclose(norm.var[...], expected, rtol=1e-3)  # the mean's rounding, 3e-5
+
+
+def test_modes_reach_every_norm():
+    model = Dense(3, 4, spec=LayerSpec("ours", norm="branch"), rngs=nnx.Rngs(0))
+    model.eval()
+    assert all(branch.norm.use_running_average for branch in model.branches)
+    model.train()
+    assert not any(branch.norm.use_running_average for branch in model.branches)
+
+
+def test_one_frozen_branch_keeps_its_averages():
+    model = Dense(3, 4, spec=LayerSpec("ours", norm="branch"), rngs=nnx.Rngs(0))
+    model.b.norm.eval()
+    model(_batches(8, 3)[1])
+    assert not jnp.any(model.b.norm.mean[...])
+    assert jnp.any(model.a.norm.mean[...]) and jnp.any(model.c.norm.mean[...])
+
+
+def test_averages_get_no_gradient():
+    """Frozen averages are data: a caller who differentiates by the whole state gets zeros."""
+    for backward in ("hybrid", "autodiff"):
+        spec = LayerSpec("ours", norm="branch", backward=backward)
+        model = Dense(3, 4, spec=spec, rngs=nnx.Rngs(0))
+        model.eval()
+        graphdef, state = nnx.split(model)
+        x = _batches(8, 3)[1]
+        gradient = jax.grad(lambda s, g=graphdef, x=x: jnp.sum(nnx.merge(g, s)(x) ** 2))(state)
+        averages = jax.tree.leaves(nnx.filter_state(gradient, nnx.BatchStat))
+        assert len(averages) == 6 and not any(jnp.any(leaf) for leaf in averages)

@@ -1,0 +1,262 @@
+"""Every architecture: published parameter counts, stable names, shapes, gradients, errors."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from efficient_nets import layers, models, paths
+from efficient_nets.errors import UserError
+from efficient_nets.models import resnet
+
+QUADRATIC = dict(neuron="ours", norm="branch")
+# Options that make each architecture small, the image it takes, and its quadratic layers.
+SMALL = {
+    "lenet": (dict(width=0.125), (9, 13, 1), "conv|hidden"),
+    "vgg": (dict(layout="Q7", width=0.0625), (33, 47, 3), "conv"),
+    "resnet": (dict(blocks=(1, 1, 1), width=0.25), (9, 13, 3), r"stage\d/.*/conv\d"),
+    "mobilenet": (dict(layout="q8", width=0.0625), (17, 25, 3), "depthwise|pointwise"),
+}
+IMAGENET = dict(layout="imagenet", blocks=(1, 1, 1, 1), width=0.0625)
+
+
+def build(name, image_shape=(32, 32, 3), num_classes=10, rules=(), **options):
+    model = models.create(
+        name, image_shape=image_shape, num_classes=num_classes, rngs=nnx.Rngs(0), **options
+    )
+    return layers.convert(model, rules, jax.random.key(1))
+
+
+def shapes(*args, **kwargs):
+    """`build` without arrays."""
+    return nnx.eval_shape(lambda: build(*args, **kwargs))
+
+
+def arrays(*args, **kwargs):
+    """`build` as one compiled call."""
+    state = jax.jit(lambda: nnx.state(build(*args, **kwargs)))()
+    return nnx.merge(nnx.graphdef(shapes(*args, **kwargs)), state)
+
+
+def small(name, form, make):
+    options, image_shape, pattern = SMALL[name]
+    rules = [dict(match=pattern, **QUADRATIC)] if form == "quadratic" else []
+    return make(name, image_shape, rules=rules, **options), image_shape
+
+
+def count(*args, **kwargs):
+    params = nnx.state(shapes(*args, **kwargs), nnx.Param)
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize(
+    ("params", "name", "options"),
+    [
+        (14_728_266, "vgg", dict(layout="D")),
+        (9_416_010, "vgg", dict(layout="B")),
+        (12_304_330, "vgg", dict(layout="Q7", rules=[dict(match="conv", **QUADRATIC)])),
+        (466_906, "resnet", dict(depth=32)),
+        (
+            518_938,
+            "resnet",
+            dict(blocks=(2, 2, 2), rules=[dict(match=r"stage\d/.*/conv\d", **QUADRATIC)]),
+        ),
+        (11_689_512, "resnet", dict(layout="imagenet", depth=18, num_classes=1000)),
+        (21_797_672, "resnet", dict(layout="imagenet", depth=34, num_classes=1000)),
+        (25_557_032, "resnet", dict(layout="imagenet", depth=50, num_classes=1000)),
+        (44_549_160, "resnet", dict(layout="imagenet", depth=101, num_classes=1000)),
+        (4_231_976, "mobilenet", dict(layout="v1", num_classes=1000)),
+        (
+            3_227_594,
+            "mobilenet",
+            dict(layout="q8", rules=[dict(match="depthwise|pointwise", **QUADRATIC)]),
+        ),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(params, name, options):
+    assert count(name, **options) == params
+
+
+def test_lenet_counts_its_layers():
+    expected = (25 + 1) * 32 + (25 * 32 + 1) * 64 + (7 * 7 * 64 + 1) * 128 + (128 + 1) * 10
+    assert count("lenet", (28, 28, 1)) == expected
+
+
+def test_names_of_layers_are_stable():
+    """Rules, checkpoints and configs depend on these names."""
+    basic = ["conv1", "conv2"]
+    projected = [*basic, "shortcut"]
+    expected = {
+        "lenet": ["conv1", "conv2", "head", "hidden"],
+        "vgg": [
+            "head",
+            *(f"stage{s}/{i}/conv" for s, n in enumerate((2, 2, 1, 1, 1), 1) for i in range(n)),
+        ],
+        "resnet": [
+            "head",
+            *(f"stage1/0/{name}" for name in basic),
+            *(f"stage{s}/0/{name}" for s in (2, 3) for name in projected),
+            "stem",
+        ],
+        "mobilenet": [
+            *(f"blocks/{i}/{name}" for i in range(8) for name in ("depthwise", "pointwise")),
+            *("head", "stem"),
+        ],
+    }
+    for name, (options, image_shape, _) in SMALL.items():
+        model = shapes(name, image_shape, **options)
+        assert sorted(path for path, _ in layers.layers(model)) == expected[name]
+
+
+def test_names_of_parameters_are_stable():
+    params = nnx.to_pure_dict(nnx.state(shapes("resnet", blocks=(1, 1, 1)), nnx.Param))
+    names = set(paths.named_leaves(params))
+    assert {"stem/w/kernel", "stem_norm/scale", "head/w/bias"} <= names
+    block = {name.removeprefix("stage2/0/") for name in names if name.startswith("stage2/0/")}
+    assert block == {
+        *("conv1/w/kernel", "conv2/w/kernel", "shortcut/w/kernel"),
+        *(f"{n}/{p}" for n in ("norm1", "norm2", "shortcut_norm") for p in ("scale", "bias")),
+    }
+
+
+@pytest.mark.parametrize("form", ["linear", "quadratic"])
+@pytest.mark.parametrize("name", SMALL)
+def test_logits_follow_the_input_and_gradients_reach_every_parameter(name, form):
+    model, image_shape = small(name, form, arrays)
+    graph, params, stats = nnx.split(model, nnx.Param, ...)
+    images = jax.random.normal(jax.random.key(2), (8, *image_shape))
+    weights = jax.random.normal(jax.random.key(3), (8, 10))
+
+    @jax.jit
+    @jax.value_and_grad
+    def value_and_grad(params, images):
+        logits = nnx.merge(graph, params, stats, copy=True)(images)
+        assert logits.shape == (8, 10)
+        return jnp.sum(jax.nn.log_softmax(logits) * weights)
+
+    value, gradient = value_and_grad(params, images)
+    assert value != value_and_grad(params, jnp.flip(images, 1))[0]
+    # A batch norm takes the mean away: the gradient of a bias before it is 0, but for rounding.
+    before_norm = r"/[abc]/bias" if form == "quadratic" else r"\d/conv/w/bias"
+    for path, leaf in paths.named_leaves(nnx.to_pure_dict(gradient)).items():
+        assert np.all(np.isfinite(leaf)), path
+        if re.search(before_norm, path) is None:
+            assert np.any(leaf), path
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_bfloat16_products_give_bfloat16_logits(name):
+    model, image_shape = small(name, "quadratic", shapes)
+    model = layers.set_compute_dtype(model, jnp.bfloat16)
+    logits = nnx.eval_shape(lambda m, x: m(x), model, jnp.zeros((2, *image_shape)))
+    assert (logits.shape, logits.dtype) == ((2, 10), jnp.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "sizes"),
+    [
+        ("vgg", SMALL["vgg"][0], [(32, 32), (64, 95)]),
+        ("resnet", SMALL["resnet"][0], [(1, 1), (8, 8), (31, 64)]),
+        ("resnet", IMAGENET, [(8, 8), (64, 97)]),
+        ("mobilenet", SMALL["mobilenet"][0], [(1, 1), (8, 8), (64, 97)]),
+    ],
+)
+def test_a_model_takes_images_of_other_sizes(name, options, sizes):
+    model = shapes(name, (64, 64, 3), **options)
+    for size in sizes:
+        logits = nnx.eval_shape(lambda m, x: m(x), model, jnp.zeros((3, *size, 3)))
+        assert logits.shape == (3, 10)
+
+
+@pytest.mark.parametrize("name", [*SMALL, "imagenet"])
+def test_convolutions_pad_half_the_kernel_on_both_sides(name):
+    options, image_shape, _ = SMALL.get(name, (IMAGENET, (64, 64, 3), ""))
+    model = shapes("resnet" if name == "imagenet" else name, image_shape, **options)
+    convs = [layer for _, layer in layers.layers(model) if isinstance(layer, layers.Conv)]
+    assert convs
+    for conv in convs:
+        sides = tuple((k // 2, k // 2) for k in conv.geometry.kernel_size)
+        assert conv.linear_map.padding == sides
+
+
+def test_initial_kernels_have_the_papers_scale():
+    model = arrays("resnet", blocks=(1, 1, 1), width=4.0)
+    kernel = model.stage2[0].conv2.w.kernel[...]
+    fan_in = np.prod(kernel.shape[:-1])
+    # The standard deviation of n draws is off by 1 / sqrt(2 n): 0.2% of 147,456, 2% of 2,560.
+    np.testing.assert_allclose(np.std(kernel), np.sqrt(2 / fan_in), rtol=0.01)
+    np.testing.assert_allclose(np.std(model.head.w.kernel[...]), 0.01, rtol=0.07)
+
+
+def test_basic_block_is_its_formula():
+    def both(x):
+        block = resnet.BasicBlock(4, 8, 2, rngs=nnx.Rngs(0))
+        block.eval()
+        main = block.norm2(block.conv2(nnx.relu(block.norm1(block.conv1(x)))))
+        return block(x), nnx.relu(main + block.shortcut_norm(block.shortcut(x)))
+
+    out, expected = jax.jit(both)(jax.random.normal(jax.random.key(0), (2, 6, 6, 4)))
+    # float32 rounding of sums of 72 products.
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "last"),
+    [(dict(blocks=(1, 1, 1)), "norm2"), (dict(layout="imagenet", depth=50, width=0.05), "norm3")],
+)
+def test_zero_init_gamma_starts_blocks_as_their_shortcut(options, last):
+    def zero_scales(**more):
+        params = nnx.to_pure_dict(nnx.state(arrays("resnet", **options, **more), nnx.Param))
+        leaves = paths.named_leaves(params)
+        scales = [name for name in leaves if name.endswith("scale")]
+        return {name for name in scales if not np.any(leaves[name])}, scales
+
+    assert zero_scales()[0] == set()
+    zero, scales = zero_scales(zero_init_gamma=True)
+    assert zero == {name for name in scales if name.endswith(f"{last}/scale")} != set()
+
+
+def test_stem_stride_of_mobilenet_follows_the_image():
+    def stride(size, **options):
+        return shapes("mobilenet", (size, size, 3), **options).stem.geometry.strides
+
+    assert (stride(64), stride(65)) == ((1, 1), (2, 2))
+    assert (stride(64, stem_strides=2), stride(65, stem_strides=1)) == ((2, 2), (1, 1))
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_options_are_what_a_config_can_hold(name):
+    options = models.options(name)
+    assert options["width"] == 1.0
+    assert all(isinstance(value, int | float | bool | str | tuple) for value in options.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("resnett", {}, r"model\.name='resnett' is not known.*did you mean 'resnet'"),
+        ("resnet", dict(dept=20), r"model has no field 'dept'.*did you mean 'depth'"),
+        ("resnet", {}, r"model\.depth=0 and model\.blocks=\(\): give one"),
+        ("resnet", dict(depth=20, blocks=(1, 1, 1)), r"model\.depth=20 and model\.blocks="),
+        ("resnet", dict(depth=21), r"model\.depth=21: allowed .* 6n \+ 2"),
+        ("resnet", dict(depth=2), r"model\.depth=2: allowed"),
+        ("resnet", dict(layout="imagenet", depth=20), r"model\.depth=20: allowed .* 18, 34, 50"),
+        ("resnet", dict(blocks=(1, 1)), r"model\.blocks=\(1, 1\): layout 'cifar' needs 3"),
+        ("resnet", dict(blocks=(1, 0, 1)), r"model\.blocks=\(1, 0, 1\)"),
+        ("resnet", dict(layout="cifra", depth=20), r"model\.layout='cifra'.*mean 'cifar'"),
+        ("resnet", dict(depth=20, width=0.0), r"model\.width=0\.0: must be above 0"),
+        ("vgg", dict(layout="C"), r"model\.layout='C' is not known: allowed A, B, D, E, Q7"),
+        ("vgg", dict(image_shape=(28, 28, 1)), r"image_shape=\(28, 28, 1\).* at least 32"),
+        ("lenet", dict(image_shape=(3, 8, 1)), r"image_shape=\(3, 8, 1\).* at least 4"),
+        ("lenet", dict(image_shape=(28, 28)), r"image_shape=\(28, 28\): give \(height"),
+        ("lenet", dict(num_classes=0), r"num_classes=0: must be at least 1"),
+        ("mobilenet", dict(stem_strides=3), r"model\.stem_strides=3: allowed 0"),
+        ("mobilenet", dict(layout="q9"), r"model\.layout='q9' is not known: allowed q8, v1"),
+    ],
+)
+def test_bad_input_is_named(name, options, message):
+    with pytest.raises(UserError, match=message):
+        build(name, **options)

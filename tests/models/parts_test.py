@@ -1,0 +1,34 @@
+"""Pooling by slices against reduce_window."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from efficient_nets.models import parts
+
+
+@pytest.mark.parametrize("size", [(2, 2), (4, 6), (5, 7), (3, 2)])
+def test_max_pool2_is_a_window_maximum_and_so_is_its_gradient(size):
+    x = jax.random.normal(jax.random.key(0), (2, *size, 3))
+
+    def windows(x):
+        return nnx.max_pool(x, (2, 2), strides=(2, 2))
+
+    @jax.jit
+    def both(x, g):
+        return [(f(x), jax.vjp(f, x)[1](g)) for f in (parts.max_pool2, windows)]
+
+    g = jax.random.normal(jax.random.key(1), (2, size[0] // 2, size[1] // 2, 3))
+    jax.tree.map(np.testing.assert_array_equal, *both(x, g))
+
+
+def test_max_pool3_pads_with_less_than_any_value():
+    x = -jnp.arange(1.0, 17).reshape(1, 4, 4, 1)
+    expected = [[-1.0, -2.0], [-5.0, -6.0]]
+    np.testing.assert_array_equal(parts.max_pool3(x)[0, :, :, 0], expected)
+
+
+def test_scaled_rounds_and_keeps_a_channel():
+    assert [parts.scaled(16, width) for width in (0.01, 0.4, 1.0, 2.5)] == [1, 6, 16, 40]

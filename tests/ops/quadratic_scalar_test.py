@@ -1,0 +1,125 @@
+"""One quadratic unit written out in Python loops: values, statistics and every gradient.
+
+The derivatives are taken by complex steps, `Im f(t + ih) / h`, which are exact to rounding because
+the chain is analytic (ReLU looks at the real part).
+"""
+
+import cmath
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efficient_nets.ops import linear_maps, quadratic
+
+SAMPLES, INPUTS, FEATURES, EPSILON = 5, 3, 2, 1e-3
+UNIT = quadratic.Unit(
+    "ours",
+    linear_maps.DenseMap(),
+    jax.nn.relu,
+    branch_epsilon=EPSILON,
+    outer_epsilon=EPSILON,
+)
+
+
+def _norm(values, scale, bias, mean, var):
+    if mean is None:
+        mean = sum(values) / len(values)
+        var = sum((value - mean) * (value - mean) for value in values) / len(values)
+    normal = [(value - mean) / cmath.sqrt(var + EPSILON) for value in values]
+    return [scale * value + bias for value in normal], (mean, var)
+
+
+def _channel(norm, channel):
+    return [None if array is None else array[channel] for array in norm]
+
+
+def _neuron(x, kernels, biases, branch_norms, outer_norm, channel):
+    """relu(norm(norm(a) * norm(b) + norm(c))) of one output neuron, a value for each sample."""
+    branches, inner = [], []
+    for i in range(3):
+        values = []
+        for n in range(SAMPLES):
+            total = biases[i][channel]
+            for k in range(INPUTS):
+                total += x[n, k] * kernels[i][k, channel]
+            values.append(total)
+        if branch_norms is not None:
+            values, used = _norm(values, *_channel(branch_norms[i], channel))
+            inner.append(used)
+        branches.append(values)
+    combined = [a * b + c for a, b, c in zip(*branches, strict=True)]
+    outer = None
+    if outer_norm is not None:
+        combined, outer = _norm(combined, *_channel(outer_norm, channel))
+    return [y if y.real > 0 else 0.0 for y in combined], inner, outer
+
+
+def _loss(arguments, weights):
+    total = 0.0
+    for channel in range(FEATURES):
+        values, _, _ = _neuron(*arguments, channel)
+        total += sum(weight * y for weight, y in zip(weights[:, channel], values, strict=True))
+    return total
+
+
+def _complex_step(arguments, weights, leaf_index, position):
+    leaves, tree = jax.tree.flatten(arguments)
+    leaves[leaf_index] = leaves[leaf_index].astype(complex)
+    leaves[leaf_index][position] += 1e-30j
+    return _loss(jax.tree.unflatten(tree, leaves), weights).imag / 1e-30
+
+
+def _arguments(branch, outer):
+    random = np.random.default_rng(0)
+
+    def norm(kind):
+        frozen = (random.normal(size=FEATURES), random.uniform(0.5, 2, FEATURES))
+        affine = (random.uniform(0.5, 2, FEATURES), random.normal(size=FEATURES))
+        return quadratic.Norm(*affine, *(frozen if kind == "frozen" else (None, None)))
+
+    return (
+        random.normal(size=(SAMPLES, INPUTS)),
+        tuple(random.normal(size=(INPUTS, FEATURES)) for _ in range(3)),
+        tuple(random.normal(size=FEATURES) for _ in range(3)),
+        tuple(norm(branch) for _ in range(3)) if branch else None,
+        norm(outer) if outer else None,
+    )
+
+
+@pytest.mark.parametrize("apply", [quadratic.unit, quadratic.hybrid_unit])
+@pytest.mark.parametrize("outer", [None, "batch", "frozen"])
+@pytest.mark.parametrize("branch", [None, "batch", "frozen"])
+def test_values_and_gradients_are_those_of_the_loops(branch, outer, apply, x64):
+    arguments = _arguments(branch, outer)
+    weights = np.random.default_rng(1).normal(size=(SAMPLES, FEATURES))
+
+    def loss(arguments):
+        y, statistics = apply(UNIT, *arguments)
+        return jnp.sum(weights * y), (y, statistics)
+
+    gradient, (y, statistics) = jax.grad(loss, has_aux=True)(jax.tree.map(jnp.asarray, arguments))
+
+    for channel in range(FEATURES):
+        values, inner, outer_moments = _neuron(*arguments, channel)
+        close = {"rtol": 0, "atol": 1e-12}  # float64, some tens of operations on values of size 1
+        np.testing.assert_allclose(y[:, channel], np.real(values), **close)
+        for i, (mean, var) in enumerate(inner):
+            np.testing.assert_allclose(statistics.branches[i].mean[channel], mean.real, **close)
+            np.testing.assert_allclose(statistics.branches[i].var[channel], var.real, **close)
+        if outer_moments:
+            np.testing.assert_allclose(
+                statistics.outer.mean[channel], outer_moments[0].real, **close
+            )
+            np.testing.assert_allclose(
+                statistics.outer.var[channel], outer_moments[1].real, **close
+            )
+
+    for index, (path, leaf) in enumerate(jax.tree.leaves_with_path(arguments)):
+        if jax.tree_util.keystr(path).endswith((".mean", ".var")):
+            continue  # frozen statistics are data
+        ours = jax.tree.leaves(gradient)[index]
+        for position in np.ndindex(leaf.shape):
+            expected = _complex_step(arguments, weights, index, position)
+            np.testing.assert_allclose(ours[position], expected, rtol=1e-10, atol=1e-11)

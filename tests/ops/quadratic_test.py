@@ -1,0 +1,276 @@
+"""Hybrid backward = automatic differentiation = a plain formulation, in float64."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import Array, lax
+
+from efficient_nets.ops import linear_maps, quadratic
+
+# Rounding of float64 sums of at most some hundred terms, through two norms. A gradient that is
+# exactly 0 on one side (a bias in front of a batch norm) is rounding of such sums on the other.
+CLOSE = {"rtol": 1e-10, "atol": 1e-12}
+EPSILONS = {
+    "branch": 1e-3,
+    "outer": 1e-2,
+}  # unequal and large, so that neither can stand for the other
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A unit and the shapes that it runs on. branch, outer: 'batch', 'frozen' or None."""
+
+    x_shape: tuple[int, ...]
+    kernel_shape: tuple[int, ...]
+    linear_map: Callable[..., Array]
+    neuron: str = "ours"
+    bias: bool = True
+    branch: str | None = "batch"
+    outer: str | None = "batch"
+    activation: Callable[[Array], Array] | None = jax.nn.relu
+
+    @property
+    def unit(self) -> quadratic.Unit:
+        return quadratic.Unit(
+            self.neuron, self.linear_map, self.activation, EPSILONS["branch"], EPSILONS["outer"]
+        )
+
+    @property
+    def branches(self) -> int:
+        return len(quadratic.NEURONS[self.neuron].branches)
+
+    def arguments(self):
+        """`(x, kernels, biases, branch_norms, outer_norm)` with values of size about 1."""
+        random = np.random.default_rng(0)
+        features = self.kernel_shape[-1]
+
+        def normal(*shape):
+            return jnp.asarray(random.normal(size=shape))
+
+        def norm(kind):
+            frozen = (normal(features), jnp.exp(normal(features)))
+            affine = (1 + normal(features) / 4, normal(features))
+            return quadratic.Norm(*affine, *(frozen if kind == "frozen" else (None, None)))
+
+        fan_in = np.prod(self.kernel_shape[:-1])
+        return (
+            normal(*self.x_shape),
+            tuple(normal(*self.kernel_shape) / np.sqrt(fan_in) for _ in range(self.branches)),
+            tuple(normal(features) for _ in range(self.branches)) if self.bias else None,
+            tuple(norm(self.branch) for _ in range(self.branches)) if self.branch else None,
+            norm(self.outer) if self.outer else None,
+        )
+
+
+def dense(**options) -> Case:
+    return Case((7, 4), (4, 3), linear_maps.DenseMap(), **options)
+
+
+def conv(size, kernel_size, *, inputs=4, features=6, groups=1, options=None, **rest) -> Case:
+    rank = len(size)
+    window = {"strides": (1,) * rank, "padding": "SAME", "dilation": (1,) * rank} | (options or {})
+    kernel_shape = (*kernel_size, inputs // groups, features)
+    linear_map = linear_maps.ConvMap(**window, groups=groups)
+    return Case((2, *size, inputs), kernel_shape, linear_map, **rest)
+
+
+ACTIVATIONS = {"relu": jax.nn.relu, "no activation": None, "silu": jax.nn.silu}
+CASES = {
+    f"dense-{branch}-{outer}-{'bias' if bias else 'no bias'}-{activation}": dense(
+        branch=branch, outer=outer, bias=bias, activation=ACTIVATIONS[activation]
+    )
+    for branch, outer, bias, activation in itertools.product(
+        (None, "batch", "frozen"), (None, "batch", "frozen"), (True, False), ACTIVATIONS
+    )
+}
+CASES |= {
+    "dense of rank 3": dataclasses.replace(dense(), x_shape=(2, 3, 4)),
+    "linear": dense(neuron="linear"),
+    "linear, branch norm alone": dense(neuron="linear", outer=None),
+    "linear, outer norm alone": dense(neuron="linear", branch=None),
+    "conv 1-D": conv((7,), (3,)),
+    "conv 2-D": conv((4, 5), (3, 3)),
+    "conv 3-D": conv((3, 4, 3), (2, 2, 2), features=3),
+    "conv 1x1": conv((3, 4), (1, 1)),
+    "strides": conv((5, 4), (3, 3), options={"strides": (2, 3)}),
+    "dilation": conv((6, 5), (2, 2), options={"dilation": (2, 3)}),
+    "valid": conv((4, 5), (3, 2), options={"padding": "VALID"}),
+    "explicit padding": conv((4, 4), (3, 3), options={"padding": ((1, 0), (2, 1))}),
+    "strides, padding, no norms": conv(
+        (5, 5),
+        (3, 3),
+        options={"strides": (2, 2), "padding": ((1, 1), (1, 1))},
+        branch=None,
+        outer=None,
+    ),
+    "groups": conv((4, 3), (3, 3), groups=2),
+    "groups, frozen": conv((4, 3), (3, 3), groups=2, branch="frozen", outer="frozen"),
+    "groups, no norms": conv((4, 3), (3, 3), groups=2, branch=None, outer=None),
+    "depthwise": conv((4, 3), (3, 3), features=4, groups=4),
+    "depthwise, multiplier 2": conv((4, 3), (3, 3), features=8, groups=4),
+    "depthwise 1-D": conv((6,), (3,), features=4, groups=4, branch=None),
+}
+
+
+def plain(case: Case, x, kernels, biases, branch_norms, outer_norm):
+    """The unit as a user would write it: a convolution a branch and textbook batch norms."""
+
+    def norm(z, norm, epsilon):
+        axes = tuple(range(z.ndim - 1))
+        mean = norm.mean if norm.mean is not None else jnp.mean(z, axes)
+        var = norm.var if norm.var is not None else jnp.var(z, axes)
+        rows = [jnp.expand_dims(array, axes) for array in (mean, var, norm.scale, norm.bias)]
+        return (z - rows[0]) / jnp.sqrt(rows[1] + epsilon) * rows[2] + rows[3], (mean, var)
+
+    hs, inner, outer = [], [], None
+    for index, kernel in enumerate(kernels):
+        h = _plain_map(case.linear_map, x, kernel)
+        if biases is not None:
+            h = h + jnp.expand_dims(biases[index], tuple(range(h.ndim - 1)))
+        if branch_norms is not None:
+            h, used = norm(h, branch_norms[index], EPSILONS["branch"])
+            inner.append(used)
+        hs.append(h)
+    y = {"linear": lambda w: w, "ours": lambda a, b, c: a * b + c}[case.neuron](*hs)
+    if outer_norm is not None:
+        y, outer = norm(y, outer_norm, EPSILONS["outer"])
+    return y if case.activation is None else case.activation(y), (inner, outer)
+
+
+def _plain_map(linear_map, x, kernel):
+    if isinstance(linear_map, linear_maps.DenseMap):
+        return jnp.einsum("...i,io->...o", x, kernel)
+    out = lax.conv_general_dilated(
+        jnp.moveaxis(x, -1, 1),
+        jnp.moveaxis(kernel, (-1, -2), (0, 1)),
+        linear_map.strides,
+        linear_map.padding,
+        rhs_dilation=linear_map.dilation,
+        feature_group_count=linear_map.groups,
+    )
+    return jnp.moveaxis(out, 1, -1)
+
+
+def value_and_gradients(apply, arguments):
+    """y, statistics and the gradients of a random linear function of y (a sum would be blind)."""
+
+    def loss(arguments):
+        y, statistics = apply(*arguments)
+        weights = np.random.default_rng(1).normal(size=y.shape)
+        return jnp.sum(weights * y), (y, statistics)
+
+    gradients, (y, statistics) = jax.grad(loss, has_aux=True)(arguments)
+    return y, statistics, gradients
+
+
+def trained(gradients) -> dict[str, Array]:
+    """The gradients by path, less those of frozen statistics, which are data."""
+    leaves = {jax.tree_util.keystr(k): v for k, v in jax.tree.leaves_with_path(gradients)}
+    return {k: v for k, v in leaves.items() if not k.endswith((".mean", ".var"))}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_hybrid_is_autodiff_is_plain(case, x64):
+    def everything(*arguments):
+        return (
+            value_and_gradients(lambda *a: plain(case, *a), arguments),
+            value_and_gradients(lambda *a: quadratic.unit(case.unit, *a), arguments),
+            value_and_gradients(lambda *a: quadratic.hybrid_unit(case.unit, *a), arguments),
+        )
+
+    if len(case.kernel_shape) > 2:  # Dense cases share their shapes and so run faster without jit
+        everything = jax.jit(everything, compiler_options={"xla_backend_optimization_level": 0})
+    (y, statistics, gradients), *others = everything(*case.arguments())
+    assert y.dtype == jnp.float64
+    gradients = trained(gradients)
+    for other_y, other_statistics, other_gradients in others:
+        np.testing.assert_allclose(other_y, y, **CLOSE)
+        expected = jax.tree.leaves(statistics)
+        for ours, theirs in zip(jax.tree.leaves(other_statistics), expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, **CLOSE)
+        other_gradients = trained(other_gradients)
+        assert other_gradients.keys() == gradients.keys()
+        for path, expected in gradients.items():
+            ours = other_gradients[path]
+            assert ours.dtype == expected.dtype
+            np.testing.assert_allclose(ours, expected, **CLOSE, err_msg=path)
+
+    # No comparison above was one of zeros, but for shifts that a batch norm takes away.
+    for path, gradient in gradients.items():
+        assert jnp.max(jnp.abs(gradient)) > 1e-3 or path in shifts_without_effect(case), path
+
+
+def shifts_without_effect(case: Case) -> set[str]:
+    """Biases, and the branch norms' biases, that the next batch norm takes away."""
+    last = case.branches - 1  # the branch that stands alone in the combined value
+    paths = {f"[2][{i}]" for i in range(case.branches)} if case.branch == "batch" else set()
+    return paths | ({f"[2][{last}]", f"[3][{last}].bias"} if case.outer == "batch" else set())
+
+
+@pytest.mark.parametrize("name", quadratic.NEURONS)
+def test_symbolic_gradient_of_a_neuron_is_its_vjp(name, x64):
+    neuron = quadratic.NEURONS[name]
+    random = np.random.default_rng(0)
+    g, *values = (jnp.asarray(random.normal(size=(3, 2))) for _ in range(len(neuron.branches) + 1))
+    expected = jax.vjp(neuron.combine, *values)[1](g)
+    assert len(expected) == len(neuron.branches)
+    for ours, theirs in zip(neuron.gradient(g, *values), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-14)  # the same one product
+
+
+@pytest.mark.parametrize("apply", [quadratic.unit, quadratic.hybrid_unit])
+def test_norms_of_one_unit_may_differ(apply, x64):
+    """Some branches frozen, others on batch statistics: each bias gradient follows its own norm."""
+    case = dense()
+    x, kernels, biases, (norm_a, norm_b, norm_c), outer = case.arguments()
+    frozen = norm_b._replace(mean=jnp.zeros(3), var=jnp.full(3, 2.0))
+    arguments = (x, kernels, biases, (norm_a, frozen, norm_c), outer)
+    expected = trained(value_and_gradients(lambda *a: plain(case, *a), arguments)[2])
+    ours = trained(value_and_gradients(lambda *a: apply(case.unit, *a), arguments)[2])
+    for path, gradient in expected.items():
+        np.testing.assert_allclose(ours[path], gradient, **CLOSE, err_msg=path)
+    assert jnp.max(jnp.abs(expected["[2][1]"])) > 0.1  # the frozen branch's bias
+
+
+@pytest.mark.parametrize("apply", [quadratic.unit, quadratic.hybrid_unit])
+def test_frozen_statistics_get_no_gradient(apply, x64):
+    case = dense(branch="frozen", outer="frozen")
+    _, _, gradients = value_and_gradients(lambda *a: apply(case.unit, *a), case.arguments())
+    for norm in (*gradients[3], gradients[4]):
+        assert not jnp.any(norm.mean) and not jnp.any(norm.var)
+
+
+@pytest.mark.parametrize("apply", [quadratic.unit, quadratic.hybrid_unit])
+def test_statistics_carry_no_gradient(apply, x64):
+    case = dense()
+    _, *parameters = case.arguments()
+
+    def through_statistics(x):
+        return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(apply(case.unit, x, *parameters)[1]))
+
+    assert not jnp.any(jax.grad(through_statistics)(case.arguments()[0]))
+
+
+@pytest.mark.parametrize("apply", [quadratic.unit, quadratic.hybrid_unit])
+def test_statistics_are_numpys(apply, x64):
+    case = conv((4, 3), (3, 3), groups=2)
+    x, kernels, biases, norms, outer = case.arguments()
+    _, statistics = apply(case.unit, x, kernels, biases, norms, outer)
+    for i, (mean, var) in enumerate(statistics.branches):
+        z = np.asarray(_plain_map(case.linear_map, x, kernels[i])) + np.asarray(biases[i])
+        np.testing.assert_allclose(mean, np.mean(z, (0, 1, 2)), **CLOSE)
+        np.testing.assert_allclose(var, np.var(z, (0, 1, 2)), **CLOSE)
+    bare = dataclasses.replace(case.unit, activation=None)
+    combined = np.asarray(apply(bare, x, kernels, biases, norms, None)[0])
+    np.testing.assert_allclose(statistics.outer.mean, np.mean(combined, (0, 1, 2)), **CLOSE)
+    np.testing.assert_allclose(statistics.outer.var, np.var(combined, (0, 1, 2)), **CLOSE)
+
+
+def test_no_norms_no_statistics(x64):
+    case = dense(branch=None, outer=None)
+    assert quadratic.unit(case.unit, *case.arguments())[1] == quadratic.Statistics(None, None)

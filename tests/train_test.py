@@ -1,0 +1,265 @@
+"""Whole runs of a tiny quadratic net on digits: resumed, interrupted, on other devices, diverging."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from efficient_nets import config as configs
+from efficient_nets import data, evaluation, experiment, sharding, workdirs
+from efficient_nets import train as training
+from efficient_nets.checkpoint import CheckpointError
+from efficient_nets.errors import TrainingDiverged, UserError
+
+
+def tiny(**changes):
+    """One block a stage, 160 images, 5 steps an epoch."""
+    config = configs.defaults()
+    config.model = configs.model("resnet", blocks=(1, 1, 1), width=0.25)
+    config.layers = (dict(match=r"stage\d/.*/conv\d", neuron="ours", norm="branch"),)
+    config.data.name = "digits"
+    config.data.train, config.data.test = "train[:160]", "test[:100]"
+    config.data.crop = 1
+    config.train.batch_size, config.evaluate.batch_size = 32, 32
+    config.train.epochs = 2.0
+    config.log.every_steps = 2
+    config.log.tensorboard = False
+    for field, value in changes.items():
+        *sections, name = field.split("__")
+        section = config
+        for part in sections:
+            section = section[part]
+        section[name] = value
+    return config
+
+
+def scores_of(run, state):
+    return evaluation.evaluate_all(evaluation.evaluators(run), state)
+
+
+def metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing happened to."""
+    workdir = tmp_path_factory.mktemp("whole")
+    return workdir, training.train(tiny(), workdir)
+
+
+def test_a_run_leaves_all_its_files_and_a_complete_result(whole):
+    workdir, result = whole
+    assert json.loads((workdir / "result.json").read_text()) == result
+    assert set(result) == {
+        *("test/accuracy", "test/loss", "params", "macs", "steps", "seconds", "images_per_second"),
+        *("dataset", "device", "config_hash", "params_digest"),
+    }
+    assert result["steps"] == 10 and result["dataset"] == "digits"
+    assert len(result["params_digest"]) == len(result["config_hash"]) == 64
+    names = {path.name for path in workdir.iterdir()}
+    assert names >= {"config.json", "metrics.jsonl", "checkpoints", "summary.txt", "plots"}
+    assert json.loads((workdir / "summary.json").read_text())["params"] == result["params"]
+
+
+def test_metrics_hold_means_of_training_and_one_evaluation_an_epoch(whole):
+    lines = metrics(whole[0])
+    train = [line for line in lines if "train/loss" in line]
+    test = [line for line in lines if "test/accuracy" in line]
+    assert [line["step"] for line in train] == [2, 4, 6, 8, 10]
+    assert [line["step"] for line in test] == [5, 10]
+    assert train[0].keys() >= {"train/accuracy", "train/learning_rate", "train/gradient_norm"}
+    assert test[-1]["test/accuracy"] == whole[1]["test/accuracy"]
+    assert np.isclose(test[-1]["test/accuracy"] * 100 % 1, 0) or test[-1]["test/accuracy"] == 1
+
+
+def test_the_same_config_gives_the_same_bits(whole, tmp_path):
+    assert training.train(tiny(), tmp_path)["params_digest"] == whole[1]["params_digest"]
+
+
+def test_another_seed_gives_another_net(whole, tmp_path):
+    assert training.train(tiny(seed=1), tmp_path)["params_digest"] != whole[1]["params_digest"]
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [3, 5, 7])
+def test_a_killed_run_goes_on_to_the_same_bits(whole, tmp_path, monkeypatch, at):
+    """Saved every step but evaluated every epoch; the kill falls within, at and after an epoch."""
+    config = tiny(checkpoint__every_epochs=0.2)
+    save = training.Checkpoints.save
+
+    def saves_until_killed(self, step, *args, **kwargs):
+        save(self, step, *args, **kwargs)
+        if step == at:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(training.Checkpoints, "save", saves_until_killed)
+        training.train(config, tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "train/loss": 123.0}\n{"step": 1')  # after the checkpoint, and half
+    result = training.train(config, tmp_path)
+    assert result["params_digest"] == whole[1]["params_digest"]
+    assert metrics(tmp_path) == metrics(whole[0])
+
+
+def test_several_steps_in_one_dispatch_train_the_same(whole, tmp_path):
+    result = training.train(tiny(train__steps_per_dispatch=3), tmp_path)
+    assert result["steps"] == 10
+    for one, three in zip(metrics(whole[0]), metrics(tmp_path), strict=True):
+        # Another compiled program: float32 rounding, grown over 10 steps.
+        assert one.keys() == three.keys()
+        np.testing.assert_allclose([*one.values()], [*three.values()], rtol=2e-3, atol=1e-4)
+
+
+def state_after(config, devices, steps=5):
+    """Parameters after some steps on the first `devices` devices, and the losses on the way."""
+    dataset = data.load(config.data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: jax.local_devices()[:devices])
+        run = experiment.build(config, dataset)
+    state, losses = run.initial_state(), []
+    resident = evaluation.put_resident(run, "train")
+    batches = data.train_batches(dataset.train, config.train.batch_size, seed=config.seed)
+    step = jax.jit(lambda *a: training.train_step(run, *a))
+    for _ in range(steps):
+        state, scores = step(state, sharding.put_batch(next(batches), run.mesh), resident)
+        losses.append(float(scores["loss"]))
+    return sharding.fetch(state.params), losses
+
+
+@pytest.mark.parametrize("fsdp", [1, 4])
+def test_one_device_and_eight_train_the_same(fsdp):
+    rules = (dict(match="kernel|scale", shard="fsdp"),)
+    one, losses_one = state_after(tiny(), 1)
+    many, losses_many = state_after(tiny(sharding__fsdp=fsdp, sharding__rules=rules), 8)
+    # Sums over the batch in another order, float32, five steps.
+    np.testing.assert_allclose(losses_one, losses_many, rtol=1e-4)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-4)
+
+
+def test_fsdp_keeps_only_a_part_of_a_kernel_and_its_momentum_on_a_device():
+    config = tiny(sharding__fsdp=4, sharding__rules=(dict(match="kernel", shard="fsdp"),))
+    state = experiment.build(config, data.load(config.data)).initial_state()
+    cut = [x for x in jax.tree.leaves((state.params, state.optimizer)) if x.ndim == 4]
+    shares = {x.addressable_shards[0].data.size / x.size for x in cut}
+    assert 0.25 in shares and len(cut) > 10
+
+
+def test_evaluation_restores_newest_best_and_a_step_on_other_devices(whole):
+    workdir, result = whole
+    config = tiny()
+    run = experiment.build(config, data.load(config.data))
+    for which in ("newest", "best", "5"):
+        state = workdirs.restore_for_evaluation(run, workdir, which)
+        if which != "best":
+            assert int(state.step) == {"newest": 10, "5": 5}[which]
+        saved = {line["step"]: line for line in metrics(workdir) if "test/accuracy" in line}
+        scores = scores_of(run, state)
+        assert scores["test/accuracy"] == saved[int(state.step)]["test/accuracy"]
+    with pytest.raises(CheckpointError, match="10"):
+        workdirs.restore_for_evaluation(run, workdir, "7")
+
+
+@pytest.mark.parametrize("size", [8, 64, 104])
+def test_the_score_does_not_depend_on_the_evaluation_batch(whole, size):
+    workdir, result = whole
+    config = tiny(evaluate__batch_size=size)
+    run = experiment.build(config, data.load(config.data))
+    state = workdirs.restore_for_evaluation(run, workdir, "newest")
+    assert scores_of(run, state)["test/accuracy"] == result["test/accuracy"]
+
+
+def test_a_diverging_run_stops_says_the_step_and_keeps_the_last_good_checkpoint(tmp_path):
+    config = tiny(checkpoint__every_epochs=0.2)
+    with pytest.MonkeyPatch.context() as patch:
+        real = training.data.augment
+
+        def poisoned(key, image, label, **kwargs):
+            images, labels = real(key, image, label, **kwargs)
+            return images * (1 + 0 * images) if False else images / 0.0, labels
+
+        patch.setattr(training.data, "augment", poisoned)
+        with pytest.raises(TrainingDiverged, match="loss is nan at step 1; no checkpoint yet"):
+            training.train(config, tmp_path)
+    assert not training.Checkpoints(tmp_path / "checkpoints").steps()
+
+
+def test_divergence_after_a_good_checkpoint_names_it(tmp_path):
+    training.train(tiny(train__epochs=1.0), tmp_path)
+    config = tiny(train__epochs=1.0)
+    run = experiment.build(config, data.load(config.data))
+    state = workdirs.restore_for_evaluation(run, tmp_path, "newest")
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(sharding.fetch(state.params)))
+
+
+def test_a_workdir_of_another_config_is_refused(whole):
+    with pytest.raises(UserError, match=r"holds a run of another config \(train.epochs: there 2.0"):
+        training.train(tiny(train__epochs=3.0), whole[0])
+
+
+def test_a_workdir_that_cannot_be_written_to_is_named(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    with pytest.raises(UserError, match=f"workdir {blocked}/run cannot be written to"):
+        training.train(tiny(), blocked / "run")
+
+
+def test_weights_of_another_config_start_a_run(whole, tmp_path):
+    config = tiny(checkpoint__init_from=str(whole[0]), data__test="test[100:200]")
+    run = experiment.build(config, data.load(config.data))
+    started = workdirs.warm_start(run, run.initial_state())
+    saved = workdirs.restore_for_evaluation(run, whole[0], "newest")
+    for a, b in zip(jax.tree.leaves(started.params), jax.tree.leaves(saved.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert int(started.step) == 0
+
+
+def test_weights_that_do_not_fit_start_fresh_and_are_named(whole, caplog):
+    config = tiny(checkpoint__init_from=str(whole[0]), layers=())
+    run = experiment.build(config, data.load(config.data))
+    fresh = run.initial_state()
+    head, conv = np.asarray(fresh.params["head"]["w"]["kernel"]), "stage1/0/conv1/w/kernel"
+    started = workdirs.warm_start(run, fresh)
+    assert not np.array_equal(started.params["head"]["w"]["kernel"], head)
+    assert conv in caplog.text
+
+
+def test_no_step_compiles_twice(tmp_path, caplog):
+    with jax.log_compiles():
+        training.train(tiny(), tmp_path)
+    compiled = [
+        r for r in caplog.messages if r.startswith("Finished XLA compilation of jit(train_")
+    ]
+    assert len(compiled) == 1
+
+
+def test_averaged_weights_are_what_is_evaluated(tmp_path):
+    config = tiny(train__ema=0.5, train__epochs=1.0)
+    result = training.train(config, tmp_path)
+    run = experiment.build(config, data.load(config.data))
+    state = workdirs.restore_for_evaluation(run, tmp_path, "newest")
+    averaged = scores_of(run, state)
+    plain = scores_of(run, state._replace(ema={}))
+    assert averaged["test/loss"] == pytest.approx(result["test/loss"])
+    assert plain["test/loss"] != pytest.approx(result["test/loss"])
+
+
+def test_bfloat16_trains_with_float32_parameters(tmp_path):
+    config = tiny(dtype="bfloat16", train__epochs=1.0)
+    training.train(config, tmp_path)
+    run = experiment.build(config, data.load(config.data))
+    state = workdirs.restore_for_evaluation(run, tmp_path, "newest")
+    assert {x.dtype.name for x in jax.tree.leaves(state.params)} == {"float32"}
+
+
+def test_the_workdir_may_be_relative(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    training.train(tiny(train__epochs=0.4), pathlib.Path("here"))
+    assert (tmp_path / "here" / "result.json").exists()
