@@ -66,7 +66,7 @@ class Experiment:
         """Fresh parameters, made on the devices where they stay."""
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
         init = functools.partial(_init, self.config, self.dataset.info, self.optimizer)
-        return jax.jit(init, out_shardings=shardings)()
+        return jax.jit(init, out_shardings=shardings, compiler_options=_run_once())()
 
     def steps(self, epochs: float) -> int:
         return max(round(epochs * self.epoch_steps), 1)
@@ -133,6 +133,17 @@ def build(config: ConfigDict, dataset: data.Dataset) -> Experiment:
         epoch_steps=epoch_steps,
         total_steps=max(round(config.train.epochs * epoch_steps), 1),
     )
+
+
+def _run_once() -> dict:
+    """Compiler options for a program that runs once.
+
+    XLA:CPU optimises every random draw for a second; a ResNet's initialisation would take longer
+    than its training step to compile.
+    """
+    if jax.default_backend() != "cpu":
+        return {}
+    return {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def _init(config: ConfigDict, info: data.Info, optimizer) -> TrainState:

@@ -8,7 +8,10 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8"
+    # Tests compile more than they compute.
+    + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 # libtpu, which compiles for a TPU that is not there, else lets in one process at a time.
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"

@@ -68,7 +68,6 @@ def layer_costs(model: nnx.Module, image_shape: Sequence[int]) -> list[LayerCost
 
     def trace(state, images):
         copy = nnx.merge(graph, state)
-        copy.eval()  # running averages stay: what is counted is a forward pass
         paths = {id(layer): path for path, layer in layers(copy)}
 
         def observer(layer, x, y):

@@ -29,8 +29,8 @@ def summary_dict(model: nnx.Module, image_shape: Sequence[int]) -> dict[str, Any
 def layer_table(model: nnx.Module, image_shape: Sequence[int]) -> str:
     """A text table with a line a layer in the order of the calls, and totals.
 
-    `parameter` is the shape of a kernel, `3x3x16x32 *3` where the neuron has three of them; `neuron`
-    is `ours+branch` where its branches are normed; `share` is of the net's bytes; MACs are for one
+    `parameter` is the shape of a kernel, with `*3` where the neuron has three of them; `neuron` is
+    `ours+branch` where its branches are normed; `share` is of the net's bytes; MACs are for one
     image. Parameters outside of Dense and Conv, such as the norms between them, share one line.
 
     Args:

@@ -1,4 +1,4 @@
-"""LeNet as in Tensor_Layer: two 5x5 convolutions of 32 and 64 channels and a hidden layer of 128."""
+"""LeNet as in Tensor_Layer: two 5x5 convolutions (32, 64 channels), a hidden layer of 128."""
 
 from flax import nnx
 from jax import Array

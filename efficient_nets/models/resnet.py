@@ -90,7 +90,7 @@ class Bottleneck(Block):
 
 
 class ResNet(nnx.Module):
-    """`stem`, stages `stage1`, `stage2`, ... of blocks, a global mean, the head; no conv has a bias.
+    """`stem`, stages `stage1`, `stage2`, ... of blocks, a global mean, `head`; no conv has a bias.
 
     Layout 'cifar': 3x3 stem, three stages of basic blocks. Layout 'imagenet': 7x7 stem at stride 2,
     3x3 max pooling, four stages. A stage after the first starts with stride 2. 466,906 parameters
