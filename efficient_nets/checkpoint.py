@@ -26,10 +26,14 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
+from efficient_nets import paths
+from efficient_nets.errors import UserError
+from efficient_nets.ops.checksum import checksum
+
 BEST_METRIC = "validation/accuracy"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint cannot be written or read: names the directory, the step and the reason."""
 
 
@@ -316,36 +320,14 @@ def _digest(record: dict) -> str:
 
 def _table(leaves: dict) -> dict:
     """Form and checksums of each leaf, `{path: [dtype, shape, sum, hash]}`."""
-    sums = jax.device_get({path: _checksum(leaf) for path, leaf in leaves.items()})
+    sums = jax.device_get({path: checksum(leaf) for path, leaf in leaves.items()})
     return {path: [*_form(leaf), *map(int, sums[path])] for path, leaf in leaves.items()}
 
 
-@jax.jit
-def _checksum(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two uint32 sums over the bits of x, modulo 2**32 and so exact in any order and sharding.
-
-    The first sees every change of a single word. The second sums MurmurHash3's mix of each word
-    with its index, so that it also sees words swapped or shifted.
-    """
-    if x.dtype == bool:
-        words = x.astype(jnp.uint32)
-    else:
-        unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
-        words = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-    index = jnp.zeros(words.shape, jnp.uint32)
-    for axis, size in enumerate(words.shape):
-        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-    mixed = words ^ (index * jnp.uint32(0x9E3779B9))
-    mixed = (mixed ^ (mixed >> jnp.uint32(16))) * jnp.uint32(0x85EBCA6B)
-    mixed = (mixed ^ (mixed >> jnp.uint32(13))) * jnp.uint32(0xC2B2AE35)
-    mixed = mixed ^ (mixed >> jnp.uint32(16))
-    return jnp.sum(words, dtype=jnp.uint32), jnp.sum(mixed, dtype=jnp.uint32)
-
-
 def _flatten(tree) -> tuple[dict, jax.tree_util.PyTreeDef]:
-    pairs, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    flat = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in pairs}
-    if len(flat) != len(pairs):
+    flat = paths.named_leaves(tree)
+    treedef = jax.tree.structure(tree)
+    if len(flat) != treedef.num_leaves:
         raise ValueError("two leaves have the same path: a name in the state must not hold '/'")
     return flat, treedef
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from efficient_nets import data, models, names
+from efficient_nets import data, models, names, optim, paths, sharding
 from efficient_nets.errors import UserError
 from efficient_nets.layers import rules
 
@@ -127,12 +127,9 @@ def check(config: ConfigDict) -> None:
                 f"{field}={config[section][key]}: allowed 0 up to, not including, {highest}"
             )
     names.pick("dtype", config.dtype, {"float32": None, "bfloat16": None})
-    for index, rule in enumerate(config.layers):
-        names.check_fields(f"layers[{index}]", rule, rules.FIELDS)
-    for index, rule in enumerate(config.optimizer.rules):
-        names.check_fields(
-            f"optimizer.rules[{index}]", rule, ("match", "learning_rate", "weight_decay")
-        )
+    paths.check_rules("layers", config.layers, rules.FIELDS)
+    paths.check_rules("optimizer.rules", config.optimizer.rules, optim.RULE_FIELDS)
+    paths.check_rules("sharding.rules", config.sharding.rules, sharding.RULE_FIELDS)
 
 
 def _check_positive(config: ConfigDict, field: str) -> None:

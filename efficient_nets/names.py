@@ -18,7 +18,7 @@ def pick(field: str, name: str, table: dict):
     Raises:
       UserError: if there is no such name; says the field, the value and what is allowed.
     """
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         allowed = ", ".join(sorted(table))
         raise UserError(f"{field}={name!r} is not known: allowed {allowed}{nearest(name, table)}")
     return table[name]

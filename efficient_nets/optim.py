@@ -13,6 +13,7 @@ from efficient_nets import names, paths
 from efficient_nets.errors import UserError
 
 Schedule = Callable[[jax.Array], jax.Array]
+RULE_FIELDS = ("match", "learning_rate", "weight_decay")
 
 
 def schedule(config: ConfigDict, learning_rate: float, epochs: float, per_epoch: float) -> Schedule:

@@ -6,6 +6,9 @@ from typing import Any
 
 import jax
 
+from efficient_nets import names
+from efficient_nets.errors import UserError
+
 
 def name(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
@@ -20,6 +23,24 @@ def map_named(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 
 def named_leaves(tree: Any) -> dict[str, Any]:
     return {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def check_rules(field: str, rules: Sequence[Mapping], allowed: Sequence[str]) -> None:
+    """Raises a UserError unless each rule is a dict of `allowed` fields with a good `match`."""
+    if isinstance(rules, Mapping | str):
+        raise UserError(f"{field}={rules!r}: a sequence of dicts is needed")
+    for index, rule in enumerate(rules):
+        here = f"{field}[{index}]"
+        if not isinstance(rule, Mapping):
+            raise UserError(f"{here}={rule!r}: a dict with 'match' is needed")
+        names.check_fields(here, rule, allowed)
+        if "match" not in rule:
+            raise UserError(f"{here}={dict(rule)} has no 'match': give a regular expression")
+        try:
+            re.compile(rule["match"])
+        except (re.error, TypeError) as error:
+            reason = f"is no regular expression: {error}"
+            raise UserError(f"{here}.match={rule['match']!r} {reason}") from error
 
 
 def lookup(rules: Sequence[Mapping], leaf: str, field: str, default: Any) -> Any:

@@ -149,7 +149,7 @@ class Meter:
         """Waits for all that was pushed.
 
         Raises:
-          TrainingDiverged: at the first step whose loss or gradient is not finite.
+          TrainingDiverged: at the first step whose loss, gradient or new parameters are not finite.
         """
         previous, self._pending = self._pending, None
         self._settle(previous)
@@ -168,7 +168,7 @@ class Meter:
         self._reporter.advance(count, self.images_per_second, float(rows["loss"][-1]))
 
     def _add(self, step: int, values: Mapping[str, float]) -> None:
-        for name in ("loss", "gradient_norm"):
+        for name in ("loss", "gradient_norm", "parameter_norm"):
             if not math.isfinite(values[name]):
                 raise TrainingDiverged(f"{name} is {values[name]} at step {step}")
         for name, value in values.items():

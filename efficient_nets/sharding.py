@@ -5,6 +5,7 @@ keeps of them) are copied to every device, or cut over `fsdp` where a rule says 
 a mean over the batch is then over the global batch, so batch norm does not depend on the devices.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,28 @@ from efficient_nets import names, paths
 from efficient_nets.errors import UserError
 
 BATCH_AXES = ("data", "fsdp")
+RULE_FIELDS = ("match", "shard")
+
+
+def join_processes() -> None:
+    """Makes this process one of several of a run.
+
+    Slurm, Open MPI, Kubernetes and Cloud TPU tell JAX which one it is. Elsewhere the environment
+    does: JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+
+    Raises:
+      UserError: if neither does.
+    """
+    given = {
+        name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")
+    }
+    try:
+        jax.distributed.initialize(**{name: int(value) for name, value in given.items() if value})
+    except ValueError as error:
+        raise UserError(
+            f"--distributed: {error} Where no Slurm, Open MPI, Kubernetes or Cloud TPU tells, set "
+            "JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        ) from None
 
 
 def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -52,7 +75,6 @@ def state_shardings(state: Any, rules: Sequence, mesh: Mesh) -> Any:
     """
     rules = [dict(rule) for rule in rules]
     for rule in rules:
-        names.check_fields("sharding.rules", rule, ("match", "shard"))
         names.pick("sharding.rules.shard", rule.get("shard", ""), {"fsdp": 0, "replicate": 0})
     size = mesh.shape["fsdp"]
 

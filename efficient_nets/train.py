@@ -37,7 +37,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
 
     Raises:
       UserError: on a config that does not fit itself, the data, the devices or the workdir.
-      TrainingDiverged: if loss or gradient is not finite; the last good checkpoint stays.
+      TrainingDiverged: if loss, gradient or parameters are not finite; the last good checkpoint stays.
     """
     configs.check(config)
     workdirs.claim(workdir, config)
@@ -143,6 +143,7 @@ def train_step(run: Experiment, state: TrainState, batch: dict, resident: dict |
     params = optax.apply_updates(state.params, updates)
     accumulate = run.config.optimizer.accumulate
     metrics["gradient_norm"] = optax.tree.norm(gradient)
+    metrics["parameter_norm"] = optax.tree.norm(params)
     metrics["learning_rate"] = jnp.asarray(run.rate(state.step // accumulate), jnp.float32)
     return TrainState(
         step=state.step + 1,

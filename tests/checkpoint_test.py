@@ -22,8 +22,8 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from efficient_nets import checkpoint
 from efficient_nets.checkpoint import CheckpointError, Checkpoints, restore_params
+from efficient_nets.ops.checksum import checksum
 
 
 class Scale(NamedTuple):
@@ -305,7 +305,7 @@ def test_checksum_sees_every_flipped_bit_and_swapped_word(dtype):
     # Words that repeat at distance 512 and differ in high bits only: a sum of word * index, modulo
     # 2**32, would miss swaps among them.
     x = np.where(np.arange(1024) < 512, 1, 0).astype(jnp.dtype(dtype))
-    sums = lambda x: [int(part) for part in checkpoint._checksum(jnp.asarray(x))]  # noqa: E731
+    sums = lambda x: [int(part) for part in checksum(jnp.asarray(x))]  # noqa: E731
     before = sums(x)
     swapped = x.copy()
     swapped[[0, 512]] = x[[512, 0]]

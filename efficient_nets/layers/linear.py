@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -91,16 +92,30 @@ class Layer(nnx.Module, abc.ABC):
             setattr(self, name, branch)
 
     def respecify(self, spec: LayerSpec, rngs: nnx.Rngs) -> None:
-        """Gives this layer another spec and fresh parameters; the geometry stays."""
-        for name in self.spec.branches:
+        """Gives this layer another spec; fresh parameters where it stores other ones."""
+        before, self.spec = self.spec, spec
+        if spec.storage == before.storage:
+            return
+        for name in before.branches:
             delattr(self, name)
-        self.spec = spec
         self._make_branches(rngs)
 
     @property
     @abc.abstractmethod
     def linear_map(self) -> Callable[..., Array]:
         """The static map of `ops.linear_maps` that this layer applies."""
+
+    def check_input(self, x: Array) -> None:
+        """Raises a UserError unless x is `(..., in_features)`, floating, of the right rank."""
+        geometry = self.geometry
+        rank = len(geometry.kernel_size)
+        if x.ndim == 0 or x.shape[-1] != geometry.in_features or (rank and x.ndim != rank + 2):
+            window = f", kernel_size={geometry.kernel_size}" if rank else ""
+            raise UserError(
+                f"in_features={geometry.in_features}{window}: the input cannot be {x.shape}"
+            )
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise UserError(f"the input has dtype {x.dtype}: a floating one is needed")
 
     @property
     def branches(self) -> list[Branch]:
@@ -161,7 +176,7 @@ class Conv(Layer):
       use_bias, spec, dtype, param_dtype, kernel_init, bias_init, rngs: As in `Dense`.
 
     Raises:
-      ValueError: naming the argument, if groups do not divide the channels or a tuple's length is
+      UserError: naming the argument, if groups do not divide the channels or a tuple's length is
         not that of kernel_size.
     """
 
@@ -183,12 +198,11 @@ class Conv(Layer):
         bias_init: Initializer = nnx.initializers.zeros,
         rngs: nnx.Rngs,
     ):
-        kernel_size = tuple(kernel_size)
-        if not 1 <= len(kernel_size) <= 3:
-            raise UserError(f"kernel_size={kernel_size}: give 1, 2 or 3 numbers")
-        rank = len(kernel_size)
+        rank = np.size(kernel_size)
+        if np.ndim(kernel_size) != 1 or not 1 <= rank <= 3:
+            raise UserError(f"kernel_size={kernel_size}: give 1, 2 or 3 numbers in a tuple")
         window = (
-            kernel_size,
+            _per_axis("kernel_size", kernel_size, rank),
             _per_axis("strides", strides, rank),
             _padding(padding, rank),
             _per_axis("dilation", dilation, rank),
@@ -203,23 +217,28 @@ class Conv(Layer):
 
 
 def _per_axis(field: str, value: int | Sequence[int], rank: int) -> tuple[int, ...]:
-    values = (value,) * rank if isinstance(value, int) else tuple(value)
-    if len(values) != rank or min(values) < 1:
-        raise UserError(f"{field}={value}: give a positive number, or {rank} of them")
-    return values
+    values = np.broadcast_to(value, rank) if np.ndim(value) == 0 else np.asarray(value)
+    if values.shape != (rank,) or values.dtype.kind not in "iu" or values.min() < 1:
+        raise UserError(f"{field}={value}: give a positive whole number, or {rank} of them")
+    return tuple(values.tolist())
 
 
 def _padding(value, rank: int) -> linear_maps.Padding:
     if isinstance(value, str):
         if value not in ("SAME", "VALID"):
             raise UserError(
-                f"padding={value!r}: allowed 'SAME', 'VALID', a number, or {rank} pairs"
+                f"padding={value!r}: allowed 'SAME', 'VALID', a number, or {rank} of them"
             )
         return value
-    sides = (value,) * rank if isinstance(value, int) else tuple(value)
-    if len(sides) != rank:
-        raise UserError(f"padding={value}: give 'SAME', 'VALID', a number, or {rank} of them")
-    return tuple((side, side) if isinstance(side, int) else tuple(side) for side in sides)
+    sides = tuple(value) if isinstance(value, Sequence) else (value,) * rank
+    pairs = [tuple(side) if isinstance(side, Sequence) else (side, side) for side in sides]
+    numbers = [number for pair in pairs for number in pair]
+    whole = all(isinstance(number, int | np.integer) and number >= 0 for number in numbers)
+    if len(pairs) != rank or len(numbers) != 2 * rank or not whole:
+        raise UserError(
+            f"padding={value}: give 'SAME', 'VALID', a whole number, or {rank} of them or of pairs"
+        )
+    return tuple((int(low), int(high)) for low, high in pairs)
 
 
 def layer_norm_act(
@@ -240,11 +259,13 @@ def layer_norm_act(
       activation: Elementwise and hashable (a plain function), or None.
     """
     geometry = layer.geometry
-    if x.shape[-1] != geometry.in_features:
-        raise UserError(f"in_features={geometry.in_features}, but the input is {x.shape}")
+    layer.check_input(x)
     whole = norm is None or isinstance(norm, norms.BatchNorm)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise UserError(f"the input has dtype {x.dtype}: a floating one is needed")
+    if isinstance(norm, norms.BatchNorm) and norm.num_features != geometry.features:
+        raise UserError(
+            f"the norm is for {norm.num_features} channels, the layer has features="
+            f"{geometry.features}"
+        )
     y = _apply_unit(
         x.astype(geometry.dtype or x.dtype),
         layer,

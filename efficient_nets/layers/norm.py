@@ -40,8 +40,8 @@ class BatchNorm(nnx.BatchNorm):
         if self.use_running_average:
             return
         for average, new in ((self.mean, batch.mean), (self.var, batch.var)):
-            moved = self.momentum * average[...] + (1 - self.momentum) * new
-            average[...] = moved.astype(average.dtype)
+            new = new.astype(average.dtype)
+            average[...] = self.momentum * average[...] + (1 - self.momentum) * new
 
 
 def arrays_or_none(norm: BatchNorm | None) -> quadratic.Norm | None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from efficient_nets import names
+from efficient_nets import paths
 from efficient_nets.errors import UserError
 from efficient_nets.layers.linear import Layer
 from efficient_nets.layers.spec import LayerSpec
@@ -18,7 +18,7 @@ FIELDS = ("match", *(field.name for field in dataclasses.fields(LayerSpec)))
 
 
 def layers(model: nnx.Module) -> Iterator[tuple[str, Layer]]:
-    """Every Dense and Conv with its path, such as `stage1/0/conv2`, in the model's order."""
+    """Every Dense and Conv with its path, such as `stage1/0/conv2`, sorted by path."""
     for path, node in nnx.iter_graph(model):
         if isinstance(node, Layer):
             yield "/".join(map(str, path)), node
@@ -36,22 +36,30 @@ def convert(model: nnx.Module, rules: Sequence[Mapping], key: jax.Array) -> nnx.
         path, so they do not depend on the other rules.
 
     Raises:
-      ValueError: if a rule has an unknown field or member, or matches no layer, or only layers that
+      UserError: if a rule has an unknown field or member, or matches no layer, or only layers that
         an earlier rule has taken.
     """
+    paths.check_rules("layers", rules, FIELDS)
     model = nnx.clone(model)
     found = dict(layers(model))
+    if rules and not found:
+        raise UserError(f"layers: {type(model).__name__} has no Dense or Conv for rules to match")
     matched_by = {path: _first_match(rules, path) for path in found}
-    _check(rules, found, matched_by)
+    _check_used(rules, matched_by)
     for path, layer in found.items():
         if matched_by[path] is None:
             continue
-        fields = {k: v for k, v in rules[matched_by[path]].items() if k != "match"}
-        spec = dataclasses.replace(layer.spec, **fields)
-        if spec != layer.spec:
-            path_key = jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
-            layer.respecify(spec, nnx.Rngs(path_key))
+        path_key = jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
+        layer.respecify(_spec(rules, matched_by[path], layer), nnx.Rngs(path_key))
     return model
+
+
+def _spec(rules: Sequence[Mapping], index: int, layer: Layer) -> LayerSpec:
+    fields = {k: v for k, v in rules[index].items() if k != "match"}
+    try:
+        return dataclasses.replace(layer.spec, **fields)
+    except UserError as error:
+        raise UserError(f"layers[{index}]: {error}") from error
 
 
 def set_compute_dtype(model: nnx.Module, dtype: jnp.dtype) -> nnx.Module:
@@ -63,23 +71,17 @@ def set_compute_dtype(model: nnx.Module, dtype: jnp.dtype) -> nnx.Module:
 
 
 def _first_match(rules: Sequence[Mapping], path: str) -> int | None:
-    hits = (i for i, rule in enumerate(rules) if re.search(rule.get("match", ""), path))
-    return next(hits, None)
+    return next((i for i, rule in enumerate(rules) if re.search(rule["match"], path)), None)
 
 
-def _check(rules: Sequence[Mapping], paths, matched_by: Mapping[str, int | None]) -> None:
+def _check_used(rules: Sequence[Mapping], matched_by: Mapping[str, int | None]) -> None:
     for index, rule in enumerate(rules):
-        names.check_fields(f"layers[{index}]", rule, FIELDS)
-        if "match" not in rule:
-            raise UserError(
-                f"layers[{index}]={dict(rule)} has no 'match': give a regular expression"
-            )
         if index in matched_by.values():
             continue
-        hits = [path for path in paths if re.search(rule["match"], path)]
+        hits = [path for path in matched_by if re.search(rule["match"], path)]
         if hits:
             earlier = sorted({matched_by[path] for path in hits})
             reason = f"every layer it matches is taken by an earlier rule, layers{earlier}"
         else:
-            reason = f"it matches none of the layers: {', '.join(paths)}"
+            reason = f"it matches none of the layers: {', '.join(matched_by)}"
         raise UserError(f"layers[{index}].match={rule['match']!r}: {reason}")

@@ -44,7 +44,7 @@ class LayerSpec:
       precision: What is rounded, and where.
 
     Raises:
-      ValueError: on an unknown member, naming axis, value and what is allowed.
+      UserError: on an unknown member, naming axis, value and what is allowed.
     """
 
     neuron: str = "linear"
@@ -57,6 +57,11 @@ class LayerSpec:
     def __post_init__(self):
         for axis, table in AXES.items():
             names.pick(axis, getattr(self, axis), table)
+
+    @property
+    def storage(self) -> tuple[str, ...]:
+        """The axes that decide which parameters there are; the others read the same ones."""
+        return self.neuron, self.norm, self.kernel
 
     @property
     def branches(self) -> tuple[str, ...]:

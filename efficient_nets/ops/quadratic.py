@@ -121,7 +121,7 @@ def unit(static: Unit, x: Array, kernels, biases, branch_norms=None, outer_norm=
       y `(..., C)` in x's dtype, and the `Statistics`. These carry no gradient: they are for running
       averages.
     """
-    y, statistics = _forward(static, x, kernels, biases, branch_norms, outer_norm)
+    y, statistics = _forward(static, x, kernels, *_prepared(x, biases, branch_norms, outer_norm))
     return y, lax.stop_gradient(statistics)
 
 
@@ -132,8 +132,22 @@ def _hybrid(static, x, kernels, biases, branch_norms, outer_norm):
 
 def hybrid_unit(static: Unit, x: Array, kernels, biases, branch_norms=None, outer_norm=None):
     """`unit` with the symbolic hybrid backward: keeps x and per-channel statistics only."""
-    y, statistics = _hybrid(static, x, kernels, biases, branch_norms, outer_norm)
+    y, statistics = _hybrid(static, x, kernels, *_prepared(x, biases, branch_norms, outer_norm))
     return y, lax.stop_gradient(statistics)
+
+
+def _prepared(x: Array, biases, branch_norms, outer_norm):
+    """What follows the products in their accumulation type; frozen statistics as data."""
+    wide = _wide(x).dtype
+
+    def data(norm: Norm | None) -> Norm | None:
+        if norm is None or norm.mean is None:
+            return norm
+        return norm._replace(mean=lax.stop_gradient(norm.mean), var=lax.stop_gradient(norm.var))
+
+    branch_norms = None if branch_norms is None else tuple(map(data, branch_norms))
+    biases = None if biases is None else tuple(biases)
+    return jax.tree.map(lambda leaf: leaf.astype(wide), (biases, branch_norms, data(outer_norm)))
 
 
 def _wide(x: Array) -> Array:
@@ -154,7 +168,9 @@ def _products(static: Unit, x, kernels, biases) -> list[Array]:
 def _add_biases(static: Unit, z: Array, biases) -> list[Array]:
     branches = len(static.parts.branches)
     zs = linear_maps.split(_wide(z), branches, static.linear_map.groups)
-    return zs if biases is None else [z + _row(bias, z) for z, bias in zip(zs, biases, strict=True)]
+    if biases is None:
+        return zs
+    return [z + _row(bias, z) for z, bias in zip(zs, biases, strict=True)]
 
 
 def _moments_used(x: Array, norm: Norm) -> Moments:
@@ -283,11 +299,14 @@ def _branch_gradients(static: Unit, z, g, biases, branch_norms, statistics):
 def _bias_gradient(static: Unit, d_z, biases, branch_norms):
     if biases is None:
         return None
-    if branch_norms is not None and branch_norms[0].mean is None:
-        return jax.tree.map(jnp.zeros_like, biases)  # a batch norm takes the mean away: exactly 0
     sums = jnp.sum(_wide(d_z), tuple(range(d_z.ndim - 1)))
-    return type(biases)(
-        linear_maps.split(sums, len(static.parts.branches), static.linear_map.groups)
+    parts = linear_maps.split(sums, len(static.parts.branches), static.linear_map.groups)
+    if branch_norms is None:
+        return tuple(parts)
+    # The norm of a batch takes the mean away, and the bias with it: its gradient is exactly 0.
+    return tuple(
+        jnp.zeros_like(part) if norm.mean is None else part
+        for part, norm in zip(parts, branch_norms, strict=True)
     )
 
 

@@ -20,9 +20,11 @@ def metrics(tmp_path):
     return write
 
 
-def colors(path):
-    pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
-    return set(map(tuple, pixels.tolist()))
+def colors(path, box=(0, 0, 1, 1)):
+    """Colors in a part of a plot: left, top, right, bottom as shares of its size."""
+    image = Image.open(path).convert("RGB")
+    image = image.crop([share * side for share, side in zip(box, 2 * image.size, strict=True)])
+    return set(map(tuple, np.asarray(image).reshape(-1, 3).tolist()))
 
 
 BLUE, ORANGE = (31, 119, 180), (255, 127, 14)
@@ -38,8 +40,10 @@ def test_each_metric_gets_a_plot_with_a_curve_a_split(metrics, tmp_path):
     assert [plot.name for plot in plots] == ["accuracy.png", "learning_rate.png", "loss.png"]
     accuracy, learning_rate, loss = map(colors, plots)
     assert BLUE in learning_rate and ORANGE not in learning_rate
-    assert ORANGE in accuracy and BLUE not in accuracy  # a lone point is seen
+    assert ORANGE in accuracy and BLUE not in accuracy
     assert {BLUE, ORANGE} <= loss
+    middle = (0.4, 0.4, 0.7, 0.6)  # far from the legend
+    assert ORANGE in colors(plots[0], middle)  # a lone point is seen
 
 
 def test_a_cut_off_line_is_left_out_and_null_is_nan(metrics):

@@ -49,6 +49,11 @@ def test_columns_are_aligned_and_fit_a_terminal(model):
     assert totals == f"{cost['params']:,} parameters, {cost['macs']:,} MACs for an image of 8x8x1"
 
 
+def test_a_net_of_one_layer_has_no_other_parameters():
+    layer = layers.Dense(4, 8, rngs=nnx.Rngs(0))
+    assert "other" not in analysis.layer_table(layer, (4,))
+
+
 def test_shares_sum_to_the_total(model):
     table = analysis.layer_table(model, (8, 8, 1)).splitlines()
     shares = [float(found) for line in table for found in re.findall(r"([\d.]+)%", line)]

@@ -14,6 +14,11 @@ BATCH, SIZE, CHANNELS, LAYERS = 256, 32, 64, 3
 UNIT = quadratic.Unit("ours", linear_maps.ConvMap((1, 1), "SAME", (1, 1)), jax.nn.relu)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Not here: the optimiser is what is measured."""
+
+
 def _parameters(make):
     def norm():
         return quadratic.Norm(make(CHANNELS), make(CHANNELS))
@@ -54,9 +59,6 @@ def test_hybrid_needs_less_memory_on_a_tpu(monkeypatch):
         monkeypatch.setenv(name, value)
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2x1")
 
-    def plain(apply):
-        return _compiled(apply, topology.devices[0])
-
     def memory(compiled):
         return compiled.memory_analysis().temp_size_in_bytes
 
@@ -66,9 +68,10 @@ def test_hybrid_needs_less_memory_on_a_tpu(monkeypatch):
     def checkpointed(unit, *arguments):
         return jax.checkpoint(lambda *arguments: quadratic.unit(unit, *arguments))(*arguments)
 
-    hybrid, autodiff = plain(quadratic.hybrid_unit), plain(quadratic.unit)
-    rival = plain(checkpointed)
-    print([(memory(c) / 2**20, flops(c) / 1e9) for c in (hybrid, autodiff, rival)])
+    device = topology.devices[0]
+    hybrid, autodiff = _compiled(quadratic.hybrid_unit, device), _compiled(quadratic.unit, device)
+    rival = _compiled(checkpointed, device)
+    # Measured: 451 MiB and 619 GFLOP, autodiff 900 and 452, checkpoint 484 and 621.
     assert memory(hybrid) < 0.6 * memory(autodiff)
     assert memory(hybrid) <= memory(rival)
-    assert flops(hybrid) <= 1.01 * flops(rival)
+    assert flops(hybrid) <= flops(rival)

@@ -66,8 +66,12 @@ def test_forward_mode_of_unit_is_reverse_mode_of_hybrid(x64):
     def loss(apply, *arguments):
         return jnp.sum(weights * apply(DENSE_UNIT, *arguments)[0])
 
-    _, forward = jax.jvp(lambda *args: loss(quadratic.unit, *args), arguments, tangents)
-    gradients = jax.grad(lambda args: loss(quadratic.hybrid_unit, *args))(arguments)
+    @jax.jit
+    def both(arguments, tangents):
+        _, forward = jax.jvp(lambda *args: loss(quadratic.unit, *args), arguments, tangents)
+        return forward, jax.grad(lambda args: loss(quadratic.hybrid_unit, *args))(arguments)
+
+    forward, gradients = both(arguments, tangents)
     reverse = sum(map(jnp.vdot, jax.tree.leaves(gradients), jax.tree.leaves(tangents)))
     np.testing.assert_allclose(forward, reverse, rtol=1e-11)  # float64, some hundred terms
 
@@ -95,9 +99,10 @@ def test_hybrid_unit_refuses_forward_mode(x64):
 def test_vmap_is_a_loop(apply, x64):
     x, *parameters = _dense_arguments()
     xs = jnp.stack([x, 2 * x + 1])
-    gradient = jax.grad(lambda x: jnp.sum(apply(DENSE_UNIT, x, *parameters)[0] ** 2))
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(apply(DENSE_UNIT, x, *parameters)[0] ** 2)))
     loop = jnp.stack([gradient(x) for x in xs])
-    np.testing.assert_allclose(jax.vmap(gradient)(xs), loop, rtol=1e-10, atol=1e-12)  # float64
+    ours = jax.jit(jax.vmap(gradient))(xs)
+    np.testing.assert_allclose(ours, loop, rtol=1e-10, atol=1e-12)  # float64
 
 
 @BOTH
@@ -106,8 +111,9 @@ def test_checkpoint_changes_nothing(apply, x64):
         return jax.checkpoint(lambda *arguments: apply(unit, *arguments))(*arguments)
 
     arguments = _dense_arguments()
-    expected = _gradients(apply, DENSE_UNIT, arguments)
-    ours = _gradients(again, DENSE_UNIT, arguments)
+    run = jax.jit(_gradients, static_argnums=(0, 1))
+    expected = run(apply, DENSE_UNIT, arguments)
+    ours = run(again, DENSE_UNIT, arguments)
     _assert_trees_close(ours, expected, rtol=1e-10, atol=1e-12)  # float64
 
 
