@@ -69,7 +69,7 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def _fail(message: object) -> NoReturn:
-    print("error:", *str(message).split(), file=sys.stderr)
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
 
 

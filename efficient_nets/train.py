@@ -37,7 +37,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
 
     Raises:
       UserError: on a config that does not fit itself, the data, the devices or the workdir.
-      TrainingDiverged: if loss, gradient or parameters are not finite; the last good checkpoint stays.
+      TrainingDiverged: if loss, gradient or parameters are not finite; the last good checkpoint
+        stays.
     """
     configs.check(config)
     workdirs.claim(workdir, config)

@@ -7,25 +7,16 @@ import jax
 import numpy as np
 import pytest
 
-from efficient_nets import config as configs
 from efficient_nets import data, evaluation, experiment, sharding, workdirs
 from efficient_nets import train as training
 from efficient_nets.checkpoint import CheckpointError
 from efficient_nets.errors import TrainingDiverged, UserError
+from tests import tiny_config
 
 
 def tiny(**changes):
-    """One block a stage, 160 images, 5 steps an epoch."""
-    config = configs.defaults()
-    config.model = configs.model("resnet", blocks=(1, 1, 1), width=0.25)
-    config.layers = (dict(match=r"stage\d/.*/conv\d", neuron="ours", norm="branch"),)
-    config.data.name = "digits"
-    config.data.train, config.data.test = "train[:160]", "test[:100]"
-    config.data.crop = 1
-    config.train.batch_size, config.evaluate.batch_size = 32, 32
-    config.train.epochs = 2.0
-    config.log.every_steps = 2
-    config.log.tensorboard = False
+    """`tests/tiny_config.py` with some fields changed; `a__b` is field b of section a."""
+    config = tiny_config.get_config()
     for field, value in changes.items():
         *sections, name = field.split("__")
         section = config

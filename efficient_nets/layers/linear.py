@@ -12,10 +12,10 @@ from jax import Array
 from efficient_nets.errors import UserError
 from efficient_nets.layers import norm as norms
 from efficient_nets.layers import observe
+from efficient_nets.layers.geometry import Geometry, Initializer, padding_of, per_axis
 from efficient_nets.layers.spec import LayerSpec
 from efficient_nets.ops import linear_maps, quadratic
 
-Initializer = Callable[..., Array]
 lecun_normal = nnx.initializers.lecun_normal()
 kaiming_normal = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
 
@@ -30,38 +30,6 @@ class Branch(nnx.Module):
             nnx.Param(bias_init(rngs.params(), (features,), param_dtype)) if use_bias else None
         )
         self.norm = norms.BatchNorm(features, rngs=rngs) if norm else None
-
-
-@dataclasses.dataclass(frozen=True)
-class Geometry:
-    """All that a layer is built from, so that `convert` can build it anew with another spec."""
-
-    in_features: int
-    features: int
-    kernel_size: tuple[int, ...]
-    strides: tuple[int, ...]
-    padding: linear_maps.Padding
-    dilation: tuple[int, ...]
-    groups: int
-    use_bias: bool
-    kernel_init: Initializer
-    bias_init: Initializer
-    dtype: jnp.dtype | None
-    param_dtype: jnp.dtype
-
-    def __post_init__(self):
-        for field in ("in_features", "features", "groups"):
-            if getattr(self, field) < 1:
-                raise UserError(f"{field}={getattr(self, field)}: must be at least 1")
-        for field in ("in_features", "features"):
-            if getattr(self, field) % self.groups:
-                raise UserError(
-                    f"groups={self.groups} does not divide {field}={getattr(self, field)}"
-                )
-
-    @property
-    def kernel_shape(self) -> tuple[int, ...]:
-        return (*self.kernel_size, self.in_features // self.groups, self.features)
 
 
 class Layer(nnx.Module, abc.ABC):
@@ -202,10 +170,10 @@ class Conv(Layer):
         if np.ndim(kernel_size) != 1 or not 1 <= rank <= 3:
             raise UserError(f"kernel_size={kernel_size}: give 1, 2 or 3 numbers in a tuple")
         window = (
-            _per_axis("kernel_size", kernel_size, rank),
-            _per_axis("strides", strides, rank),
-            _padding(padding, rank),
-            _per_axis("dilation", dilation, rank),
+            per_axis("kernel_size", kernel_size, rank),
+            per_axis("strides", strides, rank),
+            padding_of(padding, rank),
+            per_axis("dilation", dilation, rank),
         )
         init = (use_bias, kernel_init, bias_init, dtype, param_dtype)
         super().__init__(Geometry(in_features, features, *window, groups, *init), spec, rngs)
@@ -214,31 +182,6 @@ class Conv(Layer):
     def linear_map(self) -> linear_maps.ConvMap:
         g = self.geometry
         return linear_maps.ConvMap(g.strides, g.padding, g.dilation, g.groups)
-
-
-def _per_axis(field: str, value: int | Sequence[int], rank: int) -> tuple[int, ...]:
-    values = np.broadcast_to(value, rank) if np.ndim(value) == 0 else np.asarray(value)
-    if values.shape != (rank,) or values.dtype.kind not in "iu" or values.min() < 1:
-        raise UserError(f"{field}={value}: give a positive whole number, or {rank} of them")
-    return tuple(values.tolist())
-
-
-def _padding(value, rank: int) -> linear_maps.Padding:
-    if isinstance(value, str):
-        if value not in ("SAME", "VALID"):
-            raise UserError(
-                f"padding={value!r}: allowed 'SAME', 'VALID', a number, or {rank} of them"
-            )
-        return value
-    sides = tuple(value) if isinstance(value, Sequence) else (value,) * rank
-    pairs = [tuple(side) if isinstance(side, Sequence) else (side, side) for side in sides]
-    numbers = [number for pair in pairs for number in pair]
-    whole = all(isinstance(number, int | np.integer) and number >= 0 for number in numbers)
-    if len(pairs) != rank or len(numbers) != 2 * rank or not whole:
-        raise UserError(
-            f"padding={value}: give 'SAME', 'VALID', a whole number, or {rank} of them or of pairs"
-        )
-    return tuple((int(low), int(high)) for low, high in pairs)
 
 
 def layer_norm_act(
