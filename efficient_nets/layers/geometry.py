@@ -65,7 +65,7 @@ def padding_of(value, rank: int) -> linear_maps.Padding:
     pairs = [tuple(side) if isinstance(side, Sequence) else (side, side) for side in sides]
     numbers = [number for pair in pairs for number in pair]
     whole = all(isinstance(number, int | np.integer) and number >= 0 for number in numbers)
-    if len(pairs) != rank or len(numbers) != 2 * rank or not whole:
+    if [len(pair) for pair in pairs] != [2] * rank or not whole:
         raise UserError(
             f"padding={value}: give 'SAME', 'VALID', a whole number, or {rank} of them or of pairs"
         )

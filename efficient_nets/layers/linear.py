@@ -234,8 +234,8 @@ def _apply_unit(x: Array, layer: Layer, norm, activation) -> Array:
     if norm is not None:
         static = dataclasses.replace(static, outer_epsilon=norm.epsilon)
     apply = quadratic.hybrid_unit if layer.spec.backward == "hybrid" else quadratic.unit
-    if layer.spec == dataclasses.replace(LayerSpec(), backward=layer.spec.backward):
-        apply = quadratic.unit
+    if layer.spec.neuron == "linear" and layer.spec.norm == "none":
+        apply = quadratic.unit  # nothing but its input is kept as it is
     y, statistics = apply(
         static,
         x,

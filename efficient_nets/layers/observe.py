@@ -13,6 +13,8 @@ _observer: contextvars.ContextVar[Callable | None] = contextvars.ContextVar(
 def observing(observer: Callable):
     """Inside, every Dense and Conv calls `observer(layer, x, y)` with its input and output.
 
+    y is the unit's: behind a batch norm and activation that `layer_norm_act` took in with it.
+
     Under `jax.jit` or `jax.eval_shape` x and y are tracers: use their shapes, do not keep them.
     """
     token = _observer.set(observer)

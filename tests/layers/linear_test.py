@@ -198,6 +198,7 @@ def test_observer_is_gone_after_an_error():
         ({"padding": "same"}, "padding='same'.*'SAME'"),
         ({"padding": ((1, 1),)}, r"padding=\(\(1, 1\),\)"),
         ({"padding": ((1, 1, 1), (1, 1))}, r"padding=\(\(1, 1, 1\), \(1, 1\)\)"),
+        ({"padding": ((1,), (1, 1, 1))}, r"padding=\(\(1,\), \(1, 1, 1\)\)"),
         ({"padding": -1}, "padding=-1"),
         ({"padding": 1.5}, "padding=1.5"),
     ],

@@ -51,6 +51,17 @@ def test_averages_behind_a_product_are_flaxs(spec):
     np.testing.assert_allclose(ours.var[...], theirs.var[...], rtol=1e-5, atol=1e-5)
 
 
+def test_every_branch_follows_its_own_moments():
+    model = Dense(3, 4, spec=LayerSpec("ours", norm="branch"), rngs=nnx.Rngs(0))
+    x = _batches(8, 3)[1]
+    model(x)
+    for branch in model.branches:
+        z = np.asarray(x) @ np.asarray(branch.kernel[...])
+        # float32 moments of 8 values of size 1
+        np.testing.assert_allclose(branch.norm.mean[...], 0.1 * np.mean(z, 0), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(branch.norm.var[...], 0.9 + 0.1 * np.var(z, 0), rtol=1e-5)
+
+
 def test_alone_it_is_flaxs():
     ours, theirs = BatchNorm(3, rngs=nnx.Rngs(0)), _theirs(3, 0.9)
     for x in _batches(8, 3):

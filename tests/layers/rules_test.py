@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from efficient_nets.layers import BatchNorm, Conv, Dense, LayerSpec, convert, layers
+from efficient_nets.layers import (
+    BatchNorm,
+    Conv,
+    Dense,
+    LayerSpec,
+    convert,
+    layers,
+    set_compute_dtype,
+)
 
 KEY = jax.random.key(7)
 
@@ -155,6 +163,14 @@ def test_converted_state_splits_and_merges(net):
     merged = nnx.merge(*nnx.split(converted))
     assert _neurons(merged) == _neurons(converted)
     _assert_same(_arrays(merged), _arrays(converted))
+
+
+def test_compute_type_of_a_whole_model(net):
+    narrow = set_compute_dtype(net, jnp.bfloat16)
+    assert {layer.geometry.dtype for _, layer in layers(narrow)} == {jnp.bfloat16}
+    assert {layer.geometry.dtype for _, layer in layers(net)} == {None}
+    assert narrow.head(jnp.ones((2, 4), jnp.float32)).dtype == jnp.bfloat16
+    _assert_same(_arrays(narrow), _arrays(net))
 
 
 @pytest.mark.parametrize(
