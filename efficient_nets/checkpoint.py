@@ -320,7 +320,9 @@ def _digest(record: dict) -> str:
 
 def _table(leaves: dict) -> dict:
     """Form and checksums of each leaf, `{path: [dtype, shape, sum, hash]}`."""
-    sums = jax.device_get({path: checksum(leaf) for path, leaf in leaves.items()})
+    # One at a time: of many small programs in flight, each of which sums over processes, every
+    # process may wait for another one, for ever.
+    sums = {path: jax.device_get(checksum(leaf)) for path, leaf in leaves.items()}
     return {path: [*_form(leaf), *map(int, sums[path])] for path, leaf in leaves.items()}
 
 

@@ -18,7 +18,11 @@ os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 # No test may lean on data sets that someone happens to have prepared.
 os.environ["TFDS_DATA_DIR"] = os.devnull
 
+import pathlib  # noqa: E402
+import sys  # noqa: E402
+
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 
 def pytest_configure(config):
@@ -28,3 +32,29 @@ def pytest_configure(config):
     # test kills would leave cut-off entries behind.
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs `python -m efficient_nets.main` in this process: `status, stdout, stderr`."""
+    from absl import flags
+
+    from efficient_nets import main as program
+
+    monkeypatch.chdir(pathlib.Path(__file__).parent.parent)
+
+    def run(*arguments):
+        argv = ["main", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", argv)  # where the config flag looks for its overrides
+        for name in ("config", "workdir", "mode", "checkpoint", "step", "distributed"):
+            flags.FLAGS[name].unparse()
+        for name in [name for name in flags.FLAGS if name.startswith("config.")]:
+            delattr(flags.FLAGS, name)
+        status = 0
+        try:
+            program.main(program.parse(argv))
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return run

@@ -1,0 +1,126 @@
+"""Two processes of the real command train as this one does on eight devices."""
+
+import json
+import os
+import pathlib
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from efficient_nets import data, evaluation, experiment, sharding, workdirs
+from efficient_nets import train as training
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIG = "tests/tiny_config.py"
+
+
+class Pair:
+    """Two processes of one run, which meet at a free port of this machine."""
+
+    def __init__(self, *arguments, devices):
+        with socket.create_server(("localhost", 0)) as server:
+            address = f"localhost:{server.getsockname()[1]}"
+        xla = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+        env = os.environ | {
+            "XLA_FLAGS": xla,
+            "JAX_COORDINATOR_ADDRESS": address,
+            "JAX_NUM_PROCESSES": "2",
+        }
+        command = [sys.executable, "-m", "efficient_nets.main", "--distributed"]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        self.processes = [
+            subprocess.Popen(
+                [*command, f"--config={CONFIG}", *arguments],
+                env=env | {"JAX_PROCESS_ID": str(number)},
+                **pipes,
+            )
+            for number in range(2)
+        ]
+
+    def finish(self, status=0) -> list[str]:
+        """Waits for both; what each wrote to stdout."""
+        try:
+            outputs = [process.communicate(timeout=300) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+        assert [p.returncode for p in self.processes] == [status] * 2, outputs
+        return [out for out, _ in outputs]
+
+
+def config(**train):
+    config = runpy.run_path(str(ROOT / CONFIG))["get_config"]()
+    config.train.update(train)
+    return config
+
+
+def metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def restored(workdir):
+    run = experiment.build(config(), data.load(config().data))
+    return run, workdirs.restore_for_evaluation(run, workdir, "newest")
+
+
+@pytest.mark.parametrize(
+    "devices, fsdp",
+    [
+        (2, 4),  # kernels and their momentum are cut over both processes
+        pytest.param(4, 1, marks=pytest.mark.slow),
+        pytest.param(4, 8, marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_train_as_one_does(tmp_path, devices, fsdp):
+    one, two = tmp_path / "one", tmp_path / "two"
+    pair = Pair(f"--workdir={two}", f"--config.sharding.fsdp={fsdp}", devices=devices)
+    training.train(config(), one)
+    first, second = pair.finish()
+
+    for line, expected in zip(metrics(two), metrics(one), strict=True):
+        assert line.keys() == expected.keys()
+        for name in line.keys() - {"train/accuracy", "test/accuracy"}:
+            # Sums over the batch in another order, float32, ten steps.
+            np.testing.assert_allclose(line[name], expected[name], rtol=2e-3, atol=1e-4)
+    run, state = restored(two)  # saved by two processes, restored on one
+    assert int(state.step) == 10
+    for a, b in zip(
+        jax.tree.leaves(state.params), jax.tree.leaves(restored(one)[1].params), strict=True
+    ):
+        np.testing.assert_allclose(sharding.fetch(a), sharding.fetch(b), rtol=2e-2, atol=1e-3)
+    result = json.loads((two / "result.json").read_text())
+    assert training.digest(state.params) == result["params_digest"]  # the same bits
+    scores = evaluation.evaluate_all(evaluation.evaluators(run), state)
+    assert scores["test/accuracy"] == result["test/accuracy"]
+
+    # Only the first process prints and writes.
+    assert "epoch 2" in first and f"{two}/result.json" in first
+    assert not [line for line in second.splitlines() if not line.startswith("[Gloo]")]
+    assert names(two) == names(one) and names(two / "checkpoints") == ["10", "5"]
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_stops_both_after_the_same_step(tmp_path):
+    arguments = f"--workdir={tmp_path}", "--config.train.epochs=2000"
+    run = Pair(*arguments, devices=2)
+    for line in run.processes[0].stdout:
+        if line.startswith("epoch 2 "):
+            run.processes[1].send_signal(signal.SIGTERM)
+            break
+    first, _ = run.finish(128 + signal.SIGTERM)
+    step = int(first.partition("saved step ")[2].partition(".")[0])
+    assert step > 10
+    longer = config(epochs=2000.0)
+    dataset = data.load(longer.data)
+    state = workdirs.restore_for_evaluation(experiment.build(longer, dataset), tmp_path, "newest")
+    assert int(state.step) == step

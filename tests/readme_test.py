@@ -1,0 +1,146 @@
+"""README.md tells the truth: its Python runs, its commands too, its links and figures are right.
+
+Commands run at tiny size where they can run here, and else as far as launching goes. Each must be
+of a kind that `HANDLERS` knows, so that a new one is not left untested.
+"""
+
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import tomllib
+import unittest.mock
+
+import pytest
+
+from efficient_nets import analysis, data, experiment
+from efficient_nets.data import prepare, tfds_sets
+from efficient_nets.ops import quadratic
+
+# ml_collections reads a config file in a way that Python is about to drop.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+COMMANDS = [
+    line
+    for block in blocks("bash")
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.strip() and not line.startswith("#")
+]
+
+
+class Reader:
+    """Who types the commands, one after the other, in a folder of their own."""
+
+    def __init__(self, folder, command, monkeypatch):
+        self.folder, self.command, self.monkeypatch = folder, command, monkeypatch
+
+    def main(self, words):
+        """The command itself, on 16 digits and a 16th of the channels, with its folders moved."""
+        words = [re.sub("^(--(?:workdir|checkpoint)=)", rf"\1{self.folder}/", w) for w in words]
+        if not any(word.startswith("--workdir") for word in words):
+            words.append(f"--workdir={self.folder}/default")
+        if "--mode=summary" not in words:
+            words += ["--config.data.name=digits", "--config.model.width=0.0625"]
+            words += ["--config.data.train=train[:16]", "--config.data.test=test[:8]"]
+            words += ["--config.train.batch_size=8", "--config.evaluate.batch_size=8"]
+            words += ["--config.train.epochs=1", "--config.model.blocks=(1,1,1)"]
+        status, _, err = self.command(*words)
+        assert status == 0, err
+
+    def launched(self, words, **env):
+        """A launcher: it says what it would run, and the config that it is given exists."""
+        env = os.environ | env | {"DRY_RUN": "1"}
+        result = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert result.returncode == 0 and result.stdout, result.stderr
+        if any(word.startswith("--config") for word in words):
+            flags = [w for w in words if w.startswith("--config") or w.startswith("--mode")]
+            self.main([*flags, "--mode=summary"])
+
+    def script(self, words):
+        self.launched(words)
+
+    def slurm(self, words):
+        script = next(i for i, word in enumerate(words) if not word.startswith("-"))
+        self.launched(["bash", *words[script:]])
+
+    def tpu_pod(self, words):
+        script = next(i for i, word in enumerate(words) if "=" not in word)
+        self.launched(words[script:], **dict(word.split("=", 1) for word in words[:script]))
+
+    def prepare(self, words):
+        def known(name, folder=""):
+            assert tfds_sets.open_builder(name, str(folder)).info.features
+            return "a folder"
+
+        self.monkeypatch.setattr(prepare, "prepare", known)
+        self.monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda _: True)
+        prepare.main(words)
+
+    def install(self, words):
+        (extra,) = re.findall(r"^\.(?:\[(\w+)\])?$", words[-1]) or [None]
+        assert words[0] == "-e" and extra is not None
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        assert extra in ("", *project["optional-dependencies"])
+
+    def tensorboard(self, words):
+        flag, folder = words
+        assert flag == "--logdir" and [*(self.folder / folder).rglob("events.out.tfevents*")]
+
+
+# The start of a command, and what tries the words after it.
+HANDLERS = {
+    "python -m efficient_nets.main ": Reader.main,
+    "python -m efficient_nets.data.prepare ": Reader.prepare,
+    "pip install ": Reader.install,
+    "tensorboard ": Reader.tensorboard,
+    "sbatch ": Reader.slurm,
+    "./launch/": lambda reader, words: reader.script(["./launch/" + words[0], *words[1:]]),
+    "NAME=": lambda reader, words: reader.tpu_pod(["NAME=" + words[0], *words[1:]]),
+}
+
+
+def test_every_command_runs(tmp_path, command, monkeypatch):
+    reader = Reader(tmp_path, command, monkeypatch)
+    assert len(COMMANDS) >= 8
+    for line in COMMANDS:
+        kinds = [start for start in HANDLERS if line.startswith(start)]
+        assert len(kinds) == 1, f"README.md has a command that no test knows: {line}"
+        HANDLERS[kinds[0]](reader, shlex.split(line.removeprefix(kinds[0]), comments=True))
+
+
+def test_its_python_runs():
+    with unittest.mock.patch.dict(quadratic.NEURONS):  # it adds one
+        exec("\n".join(blocks("python")), {"__name__": "readme"})
+
+
+def test_its_links_and_files_exist():
+    linked = re.findall(r"\]\(([^)#:]+)\)", README)
+    named = re.findall(r"`(?:python )?((?:tests|configs|launch)/[\w./]+)`", README)
+    assert len(linked) > 3
+    for path in {*linked, *named}:
+        assert (ROOT / path).exists(), path
+
+
+def test_its_table_names_every_config_with_its_parameters():
+    rows = dict(re.findall(r"^\| `(\w+)` \|(.*)", README, re.MULTILINE))
+    for path in (ROOT / "configs").glob("*.py"):
+        namespace = {}
+        exec(path.read_text(), namespace)
+        config = namespace["get_config"]()
+        info = data.describe(config.data)
+        model = experiment.abstract_model(config, info)
+        parameters = analysis.summary_dict(model, info.image_shape)["params"]
+        assert f"| {parameters:,} |" in rows[path.stem], path.stem
+
+
+def test_no_figure_is_left_to_be_filled_in():
+    assert not re.findall(r"\b(QUICKSTART|LENET|MEMORY|RESULT|TODO)\b", README)
