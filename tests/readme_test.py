@@ -16,7 +16,7 @@ import pytest
 
 from efficient_nets import analysis, data, experiment
 from efficient_nets.data import prepare, tfds_sets
-from efficient_nets.ops import quadratic
+from efficient_nets.ops import neurons, precision
 
 # ml_collections reads a config file in a way that Python is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -118,7 +118,8 @@ def test_every_command_runs(tmp_path, command, monkeypatch):
 
 
 def test_its_python_runs():
-    with unittest.mock.patch.dict(quadratic.NEURONS):  # it adds one
+    mock = unittest.mock.patch.dict  # it adds to both tables
+    with mock(neurons.NEURONS), mock(precision.PRECISIONS):
         exec("\n".join(blocks("python")), {"__name__": "readme"})
 
 

@@ -14,7 +14,7 @@ from clu import parameter_overview
 from flax import nnx
 
 from efficient_nets.layers import Layer, layers, observing
-from efficient_nets.ops.quadratic import NEURONS
+from efficient_nets.ops import forms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,21 +24,20 @@ class LayerCost:
     Attributes:
       name: Path in the net, such as `stage1/0/conv2`.
       kind: 'Conv' or 'Dense'.
-      parameter_shape: Shape of one branch's kernel.
-      branches: Number of such kernels.
+      kernels: Shapes of the branches' kernels.
       input_shape: `(*spatial, C)` of its first call, without the batch axis.
       output_shape: The same of its output.
       neuron, norm, kernel, algorithm, precision: Members of the axes, see `layers.LayerSpec`.
       bits: Bits that a weight is stored in.
       params: Its own parameters: kernels, biases and branch norms.
       bytes: What these take.
-      macs: Multiply-accumulates of the linear maps and of the neuron's product, over all calls.
+      macs: Multiply-accumulates of the linear maps and multiplications of squares, forms and the
+        neuron's products, over all calls.
     """
 
     name: str
     kind: str
-    parameter_shape: tuple[int, ...]
-    branches: int
+    kernels: tuple[tuple[int, ...], ...]
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     neuron: str
@@ -97,17 +96,21 @@ def model_cost(model: nnx.Module, image_shape: Sequence[int]) -> dict[str, Any]:
 
 
 def _layer_cost(path: str, layer: Layer, input_shape, output_shape) -> LayerCost:
-    spec, kernel_shape = layer.spec, layer.geometry.kernel_shape
-    # Each position of the output takes every weight once: kernel_shape already ends in the
+    spec, geometry = layer.spec, layer.geometry
+    kernels = tuple(branch.kernel.shape for branch in layer.branches)
+    positions = math.prod(output_shape[:-1])
+    # Each position of the output takes every weight once: a kernel's shape already ends in the
     # output's channels, and its input channels are those of one group.
-    linear = len(spec.branches) * math.prod(kernel_shape) * math.prod(output_shape[:-1])
-    products = NEURONS[spec.neuron].products * math.prod(output_shape)
+    macs = positions * sum(map(math.prod, kernels)) + spec.parts.products * math.prod(output_shape)
+    if "square" in spec.parts.kinds:
+        macs += math.prod(input_shape)
+    if "form" in spec.parts.kinds:  # products of pairs of inputs, which all features share
+        macs += positions * geometry.groups * forms.pairs(geometry.inputs)
     params, size = _parameters(layer)
     return LayerCost(
         name=path,
         kind=type(layer).__name__,
-        parameter_shape=kernel_shape,
-        branches=len(spec.branches),
+        kernels=kernels,
         input_shape=input_shape,
         output_shape=output_shape,
         neuron=spec.neuron,
@@ -115,10 +118,10 @@ def _layer_cost(path: str, layer: Layer, input_shape, output_shape) -> LayerCost
         kernel=spec.kernel,
         algorithm=spec.algorithm,
         precision=spec.precision,
-        bits=8 * jnp.dtype(layer.geometry.param_dtype).itemsize,
+        bits=8 * jnp.dtype(geometry.param_dtype).itemsize,
         params=params,
         bytes=size,
-        macs=linear + products,
+        macs=macs,
     )
 
 

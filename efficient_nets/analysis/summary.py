@@ -1,6 +1,7 @@
 """The layer table that a run prints first, and the same figures for scripts."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ def summary_dict(model: nnx.Module, image_shape: Sequence[int]) -> dict[str, Any
 def layer_table(model: nnx.Module, image_shape: Sequence[int]) -> str:
     """A text table with a line a layer in the order of the calls, and totals.
 
-    `parameter` is the shape of a kernel, with `*3` where the neuron has three of them; `neuron` is
+    `parameter` is the shape of a kernel, with `*3` where the neuron has three of it; `neuron` is
     `ours+branch` where its branches are normed; `share` is of the net's bytes; MACs are for one
     image. Parameters outside of Dense and Conv, such as the norms between them, share one line.
 
@@ -51,10 +52,11 @@ def layer_table(model: nnx.Module, image_shape: Sequence[int]) -> str:
 
 
 def _row(layer: LayerCost, total_bytes: int) -> tuple[str, ...]:
-    times = f" *{layer.branches}" if layer.branches > 1 else ""
+    counts = Counter(layer.kernels)
+    shapes = [_shape(s) + (f" *{count}" if count > 1 else "") for s, count in counts.items()]
     return (
         layer.name,
-        _shape(layer.parameter_shape) + times,
+        " + ".join(shapes),
         _shape(layer.input_shape),
         layer.neuron if layer.norm == "none" else f"{layer.neuron}+{layer.norm}",
         layer.kernel,

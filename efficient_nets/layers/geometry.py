@@ -1,6 +1,7 @@
 """The static shape of a Dense or Conv, and the checks of what a caller gives for it."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
@@ -43,6 +44,20 @@ class Geometry:
     @property
     def kernel_shape(self) -> tuple[int, ...]:
         return (*self.kernel_size, self.in_features // self.groups, self.features)
+
+    @property
+    def direct_map(self) -> linear_maps.DenseMap | linear_maps.ConvMap:
+        """The linear map as `lax` computes it."""
+        if not self.kernel_size:
+            return linear_maps.DenseMap()
+        return linear_maps.ConvMap(
+            self.strides, self.padding, self.dilation, self.groups, self.kernel_size
+        )
+
+    @property
+    def inputs(self) -> int:
+        """n, the number of inputs of an output value."""
+        return math.prod(self.kernel_shape[:-1])
 
 
 def per_axis(field: str, value: int | Sequence[int], rank: int) -> tuple[int, ...]:

@@ -1,6 +1,5 @@
 """Dense and Conv: the one layer, with its four axes given by a `LayerSpec`."""
 
-import abc
 import dataclasses
 from collections.abc import Callable, Sequence
 
@@ -10,68 +9,62 @@ from flax import nnx
 from jax import Array
 
 from efficient_nets.errors import UserError
+from efficient_nets.layers import neuron as neurons
 from efficient_nets.layers import norm as norms
 from efficient_nets.layers import observe
 from efficient_nets.layers.geometry import Geometry, Initializer, padding_of, per_axis
-from efficient_nets.layers.spec import LayerSpec
+from efficient_nets.layers.spec import ALGORITHMS, LayerSpec
 from efficient_nets.ops import linear_maps, quadratic
+from efficient_nets.ops.precision import PRECISIONS
 
 lecun_normal = nnx.initializers.lecun_normal()
 kaiming_normal = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
-class Branch(nnx.Module):
-    """Parameters of one linear map: `kernel`, perhaps `bias` `(C,)`, perhaps a branch norm."""
-
-    def __init__(self, shape, *, use_bias, norm, kernel_init, bias_init, param_dtype, rngs):
-        features = shape[-1]
-        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
-        self.bias = (
-            nnx.Param(bias_init(rngs.params(), (features,), param_dtype)) if use_bias else None
-        )
-        self.norm = norms.BatchNorm(features, rngs=rngs) if norm else None
-
-
-class Layer(nnx.Module, abc.ABC):
+class Layer(nnx.Module):
     """What Dense and Conv share: branches of parameters, and a linear map that reads them.
 
     Attributes:
       geometry: Static shape and initialisation.
       spec: Static `LayerSpec`.
       One `Branch` a branch of the neuron, under its name: `w` for linear, `a`, `b`, `c` for `ours`.
+      bias: Of the combined value `(features,)`, in neurons that have it there, else None.
     """
 
     def __init__(self, geometry: Geometry, spec: LayerSpec | None, rngs: nnx.Rngs):
         self.geometry, self.spec = geometry, spec or LayerSpec()
         self._make_branches(rngs)
 
-    def _make_branches(self, rngs: nnx.Rngs) -> None:
-        geometry = self.geometry
-        for name in self.spec.branches:
-            branch = Branch(
-                geometry.kernel_shape,
-                use_bias=geometry.use_bias,
-                norm=self.spec.norm == "branch",
-                kernel_init=geometry.kernel_init,
-                bias_init=geometry.bias_init,
-                param_dtype=geometry.param_dtype,
-                rngs=rngs,
-            )
+    def _make_branches(self, rngs: nnx.Rngs, linear: neurons.Branch | None = None) -> None:
+        made = neurons.make(self.geometry, self.spec, rngs, linear)
+        for name, branch in made.branches.items():
             setattr(self, name, branch)
+        self.bias = nnx.data(made.bias)  # or a None now could not become a parameter later
 
     def respecify(self, spec: LayerSpec, rngs: nnx.Rngs) -> None:
-        """Gives this layer another spec; fresh parameters where it stores other ones."""
+        """Gives this layer another spec; its parameters stay where they can.
+
+        They are made anew, by `spec.start`, if the new spec stores other ones or names a start.
+
+        Raises:
+          UserError: on a 'relinear' start of a layer that is not linear.
+        """
         before, self.spec = self.spec, spec
-        if spec.storage == before.storage:
+        if spec.storage == before.storage and spec.start == "own":
             return
+        linear = None
+        if spec.start == "relinear":
+            if before.neuron != "linear":
+                raise UserError(f"start='relinear': the layer is {before.neuron!r}, not linear")
+            (linear,) = (getattr(self, name) for name in before.branches)
         for name in before.branches:
             delattr(self, name)
-        self._make_branches(rngs)
+        self._make_branches(rngs, linear)
 
     @property
-    @abc.abstractmethod
-    def linear_map(self) -> Callable[..., Array]:
-        """The static map of `ops.linear_maps` that this layer applies."""
+    def linear_map(self) -> linear_maps.DenseMap | linear_maps.ConvMap:
+        """The static map that this layer applies, by `spec.algorithm`."""
+        return ALGORITHMS[self.spec.algorithm](self.geometry)
 
     def check_input(self, x: Array) -> None:
         """Raises a UserError unless x is `(..., in_features)`, floating, of the right rank."""
@@ -86,7 +79,7 @@ class Layer(nnx.Module, abc.ABC):
             raise UserError(f"the input has dtype {x.dtype}: a floating one is needed")
 
     @property
-    def branches(self) -> list[Branch]:
+    def branches(self) -> list[neurons.Branch]:
         return [getattr(self, name) for name in self.spec.branches]
 
     def __call__(self, x: Array) -> Array:
@@ -100,7 +93,7 @@ class Dense(Layer):
     Args:
       in_features: Size of the last axis of the input.
       features: Size of the last axis of the output.
-      use_bias: Adds a bias to every branch.
+      use_bias: Adds the neuron's biases: see `ops.neurons` for where they are.
       spec: The axes; linear, dense, direct and float if not given.
       dtype: Compute type of the products, the input's if not given; parameters stay in
         `param_dtype`.
@@ -122,10 +115,6 @@ class Dense(Layer):
     ):
         init = (use_bias, kernel_init, bias_init, dtype, param_dtype)
         super().__init__(Geometry(in_features, features, (), (), "VALID", (), 1, *init), spec, rngs)
-
-    @property
-    def linear_map(self) -> linear_maps.DenseMap:
-        return linear_maps.DenseMap()
 
 
 class Conv(Layer):
@@ -178,11 +167,6 @@ class Conv(Layer):
         init = (use_bias, kernel_init, bias_init, dtype, param_dtype)
         super().__init__(Geometry(in_features, features, *window, groups, *init), spec, rngs)
 
-    @property
-    def linear_map(self) -> linear_maps.ConvMap:
-        g = self.geometry
-        return linear_maps.ConvMap(g.strides, g.padding, g.dilation, g.groups)
-
 
 def layer_norm_act(
     x: Array,
@@ -225,9 +209,14 @@ def layer_norm_act(
 def _apply_unit(x: Array, layer: Layer, norm, activation) -> Array:
     branches = layer.branches
     biases = branch_norms = None
-    if layer.geometry.use_bias:
+    if branches[0].bias is not None:
         biases = tuple(branch.bias[...] for branch in branches)
-    static = quadratic.Unit(layer.spec.neuron, layer.linear_map, activation)
+    static = quadratic.Unit(
+        layer.spec.neuron,
+        layer.linear_map,
+        activation,
+        precision=PRECISIONS[layer.spec.precision],
+    )
     if layer.spec.norm == "branch":
         branch_norms = tuple(branch.norm.arrays() for branch in branches)
         static = dataclasses.replace(static, branch_epsilon=branches[0].norm.epsilon)
@@ -243,6 +232,7 @@ def _apply_unit(x: Array, layer: Layer, norm, activation) -> Array:
         biases,
         branch_norms,
         norms.arrays_or_none(norm),
+        None if layer.bias is None else layer.bias[...],
     )
     if branch_norms is not None:
         for branch, batch in zip(branches, statistics.branches, strict=True):

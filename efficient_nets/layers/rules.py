@@ -50,16 +50,17 @@ def convert(model: nnx.Module, rules: Sequence[Mapping], key: jax.Array) -> nnx.
         if matched_by[path] is None:
             continue
         path_key = jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
-        layer.respecify(_spec(rules, matched_by[path], layer), nnx.Rngs(path_key))
+        try:
+            layer.respecify(_spec(rules[matched_by[path]], layer), nnx.Rngs(path_key))
+        except UserError as error:
+            raise UserError(f"layers[{matched_by[path]}]: {path}: {error}") from error
     return model
 
 
-def _spec(rules: Sequence[Mapping], index: int, layer: Layer) -> LayerSpec:
-    fields = {k: v for k, v in rules[index].items() if k != "match"}
-    try:
-        return dataclasses.replace(layer.spec, **fields)
-    except UserError as error:
-        raise UserError(f"layers[{index}]: {error}") from error
+def _spec(rule: Mapping, layer: Layer) -> LayerSpec:
+    """The layer's spec with the rule's fields; a start is for the rule that names it."""
+    fields = {"start": "own"} | {k: v for k, v in rule.items() if k != "match"}
+    return dataclasses.replace(layer.spec, **fields)
 
 
 def set_compute_dtype(model: nnx.Module, dtype: jnp.dtype) -> nnx.Module:

@@ -3,30 +3,37 @@
     y = neuron( algorithm( precision(x), precision(kernel) ) )
 
 Each axis is a table of named members. A new member is an entry in its table (and, for neurons, in
-`ops.quadratic.NEURONS`); `README.md` shows how.
+`ops.neurons.NEURONS`); `README.md` shows how.
 """
 
 import dataclasses
 
 from efficient_nets import names
-from efficient_nets.ops import quadratic
+from efficient_nets.errors import UserError
+from efficient_nets.ops import neurons, precision
 
 NORMS = {"none": "no norm before the product", "branch": "a batch norm on each branch"}
 BACKWARDS = {
     "hybrid": "symbolic, keeps x and per-channel statistics only; reverse mode only",
     "autodiff": "keeps every intermediate; forward mode and higher derivatives too",
 }
+STARTS = {
+    "own": "every branch from the layer's kernel_init and bias_init",
+    "variance": "keeps a second moment of 1 through a layer without norm and activation",
+    "variance:relu": "the same through a layer followed by ReLU",
+    "relinear": "as the linear layer it is converted from, or as one with fresh weights (ReLinear)",
+}
 KERNELS = {"dense": "one array a branch"}
-ALGORITHMS = {"direct": "lax convolution or matrix product"}
-PRECISIONS = {"float": "nothing is rounded"}
+# From the geometry to the map that computes: a lax convolution or a matrix product.
+ALGORITHMS = {"direct": lambda geometry: geometry.direct_map}
 
 AXES = {
-    "neuron": quadratic.NEURONS,
     "norm": NORMS,
     "backward": BACKWARDS,
     "kernel": KERNELS,
     "algorithm": ALGORITHMS,
-    "precision": PRECISIONS,
+    "precision": precision.PRECISIONS,
+    "start": STARTS,
 }
 
 
@@ -35,13 +42,16 @@ class LayerSpec:
     """What a Dense or Conv is, axis by axis.
 
     Attributes:
-      neuron: How the branches combine, a name in `ops.quadratic.NEURONS`.
+      neuron: How the branches combine: a name in `ops.neurons.NEURONS`, or 't1:R' or 'cqnn:R' for
+        forms of rank R.
       norm: 'branch' puts a batch norm on every branch of the neuron, 'none' does not.
       backward: 'hybrid' or 'autodiff'. A linear neuron without branch norm has nothing to save, so
         it is differentiated by JAX under either name.
       kernel: How weights are stored.
       algorithm: How the linear map is computed.
       precision: What is rounded, and where.
+      start: How parameters start, a name in `STARTS`. 'variance' is for layers without branch norm,
+        whose second moments are those of `ops.neurons`.
 
     Raises:
       UserError: on an unknown member, naming axis, value and what is allowed.
@@ -53,10 +63,29 @@ class LayerSpec:
     kernel: str = "dense"
     algorithm: str = "direct"
     precision: str = "float"
+    start: str = "own"
 
     def __post_init__(self):
         for axis, table in AXES.items():
             names.pick(axis, getattr(self, axis), table)
+        parts = self.parts
+        if self.start == "relinear" and not parts.relinear:
+            able = [name for name, other in neurons.NEURONS.items() if other.relinear]
+            raise UserError(
+                f"start='relinear': neuron={self.neuron!r} cannot start linear; these can: "
+                + ", ".join(able)
+            )
+        if self.start.startswith("variance"):
+            if parts.moments is None:
+                raise UserError(f"start={self.start!r}: neuron={self.neuron!r} gives no `moments`")
+            if self.norm != "none":
+                raise UserError(
+                    f"start={self.start!r} with norm={self.norm!r}: the norm undoes every scale"
+                )
+
+    @property
+    def parts(self) -> neurons.Neuron:
+        return neurons.neuron(self.neuron)
 
     @property
     def storage(self) -> tuple[str, ...]:
@@ -65,4 +94,4 @@ class LayerSpec:
 
     @property
     def branches(self) -> tuple[str, ...]:
-        return quadratic.NEURONS[self.neuron].branches
+        return self.parts.branches

@@ -11,9 +11,15 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 Padding = str | tuple[tuple[int, int], ...]
+
+
+def wide(dtype: jnp.dtype) -> jnp.dtype:
+    """The type of products and sums of numbers of this type: float32, or float64 for its own."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def fuse(parts: Sequence[Array], groups: int = 1) -> Array:
@@ -51,19 +57,24 @@ class DenseMap:
     def __call__(self, x: Array, kernels: Sequence[Array]) -> Array:
         return x @ fuse(kernels).astype(x.dtype)
 
+    def windows(self, x: Array) -> Array:
+        """The inputs of each output value: `(..., in)` to `(..., 1, in)`."""
+        return jnp.expand_dims(x, -2)
+
 
 @dataclasses.dataclass(frozen=True)
 class ConvMap:
     """Direct convolution over 1, 2 or 3 spatial axes.
 
     x `(N, *spatial, in)`, each kernel `(*kernel_size, in/groups, out)`, result
-    `(N, *spatial', B*out)`.
+    `(N, *spatial', B*out)`. `kernel_size` is asked for by `windows` alone.
     """
 
     strides: tuple[int, ...]
     padding: Padding
     dilation: tuple[int, ...]
     groups: int = 1
+    kernel_size: tuple[int, ...] = ()
 
     def __call__(self, x: Array, kernels: Sequence[Array]) -> Array:
         spatial = "DHW"[-len(self.strides) :]
@@ -76,3 +87,25 @@ class ConvMap:
             dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
             feature_group_count=self.groups,
         )
+
+    def windows(self, x: Array) -> Array:
+        """The inputs of each output value: `(N, *spatial, in)` to `(N, *spatial', groups, n)`.
+
+        The n = prod(kernel_size) * in / groups are in the order of a kernel's rows.
+        """
+        extents = [(k - 1) * d + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True)]
+        padding = self.padding
+        if isinstance(padding, str):
+            padding = lax.padtype_to_pads(x.shape[1:-1], extents, self.strides, padding)
+        x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+        x = x.reshape(*x.shape[:-1], self.groups, x.shape[-1] // self.groups)
+        slices = []
+        for position in np.ndindex(*self.kernel_size):
+            starts = [i * d for i, d in zip(position, self.dilation, strict=True)]
+            stops = [
+                size - extent + start + 1
+                for size, extent, start in zip(x.shape[1:-2], extents, starts, strict=True)
+            ]
+            window = map(slice, starts, stops, self.strides)
+            slices.append(x[(slice(None), *window)])
+        return jnp.concatenate(slices, axis=-1)

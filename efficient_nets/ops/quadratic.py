@@ -33,32 +33,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from efficient_nets.ops import linear_maps
-
-
-@dataclasses.dataclass(frozen=True)
-class Neuron:
-    """How branches combine: a name for each branch, `combine(*h)` and its symbolic gradient.
-
-    Attributes:
-      branches: Names of the linear maps, in the order `combine` takes them.
-      combine: Elementwise, B arrays to one.
-      gradient: `(g, *h)` to the B cotangents of `combine` at h.
-      products: Elementwise multiplications an output value takes (for counting MACs).
-    """
-
-    branches: tuple[str, ...]
-    combine: Callable[..., Array]
-    gradient: Callable[..., tuple[Array, ...]]
-    products: int = 0
-
-
-NEURONS = {
-    "linear": Neuron(("w",), lambda w: w, lambda g, w: (g,)),
-    "ours": Neuron(
-        ("a", "b", "c"), lambda a, b, c: a * b + c, lambda g, a, b, c: (g * b, g * a, g), products=1
-    ),
-}
+from efficient_nets.ops import forms, linear_maps, neurons
+from efficient_nets.ops.precision import PRECISIONS, Precision
 
 
 class Norm(NamedTuple):
@@ -86,17 +62,18 @@ class Statistics(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """What is static about a unit. `linear_map(x, kernels)` is one of `linear_maps`."""
+    """What is static about a unit: a name of `neurons`, a map of `linear_maps`, what follows."""
 
     neuron: str
-    linear_map: Callable[..., Array]
+    linear_map: linear_maps.DenseMap | linear_maps.ConvMap
     activation: Callable[[Array], Array] | None = None
     branch_epsilon: float = 1e-5
     outer_epsilon: float = 1e-5
+    precision: Precision = PRECISIONS["float"]
 
     @property
-    def parts(self) -> Neuron:
-        return NEURONS[self.neuron]
+    def parts(self) -> neurons.Neuron:
+        return neurons.neuron(self.neuron)
 
 
 def moments(x: Array) -> Moments:
@@ -106,39 +83,45 @@ def moments(x: Array) -> Moments:
     return Moments(mean, jnp.mean(jnp.square(x - _row(mean, x)), axes))
 
 
-def unit(static: Unit, x: Array, kernels, biases, branch_norms=None, outer_norm=None):
+def unit(static: Unit, x, kernels, biases, branch_norms=None, outer_norm=None, bias=None):
     """Applies a unit; gradients by automatic differentiation, so forward mode works too.
 
     Args:
       static: The unit.
       x: Input, as `static.linear_map` takes it. The products run in its dtype, the rest in float32.
-      kernels: One a branch.
+      kernels: One a branch: as `static.linear_map` takes it, or `forms.quadratic_form` where the
+        branch reads 'form'.
       biases: One a branch `(C,)`, or None.
       branch_norms: One `Norm` a branch, or None.
       outer_norm: `Norm` of the combined value, or None.
+      bias: Of the combined value `(C,)`, or None.
 
     Returns:
       y `(..., C)` in x's dtype, and the `Statistics`. These carry no gradient: they are for running
       averages.
     """
-    y, statistics = _forward(static, x, kernels, *_prepared(x, biases, branch_norms, outer_norm))
+    y, statistics = _forward(
+        static, x, kernels, *_prepared(x, biases, branch_norms, outer_norm, bias)
+    )
     return y, lax.stop_gradient(statistics)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _hybrid(static, x, kernels, biases, branch_norms, outer_norm):
-    return _forward(static, x, kernels, biases, branch_norms, outer_norm)
+def _hybrid(static, x, kernels, biases, branch_norms, outer_norm, bias):
+    return _forward(static, x, kernels, biases, branch_norms, outer_norm, bias)
 
 
-def hybrid_unit(static: Unit, x: Array, kernels, biases, branch_norms=None, outer_norm=None):
+def hybrid_unit(static: Unit, x, kernels, biases, branch_norms=None, outer_norm=None, bias=None):
     """`unit` with the symbolic hybrid backward: keeps x and per-channel statistics only."""
-    y, statistics = _hybrid(static, x, kernels, *_prepared(x, biases, branch_norms, outer_norm))
+    y, statistics = _hybrid(
+        static, x, kernels, *_prepared(x, biases, branch_norms, outer_norm, bias)
+    )
     return y, lax.stop_gradient(statistics)
 
 
-def _prepared(x: Array, biases, branch_norms, outer_norm):
+def _prepared(x: Array, biases, branch_norms, outer_norm, bias):
     """What follows the products in their accumulation type; frozen statistics as data."""
-    wide = _wide(x).dtype
+    wide = linear_maps.wide(x.dtype)
 
     def data(norm: Norm | None) -> Norm | None:
         if norm is None or norm.mean is None:
@@ -147,12 +130,13 @@ def _prepared(x: Array, biases, branch_norms, outer_norm):
 
     branch_norms = None if branch_norms is None else tuple(map(data, branch_norms))
     biases = None if biases is None else tuple(biases)
-    return jax.tree.map(lambda leaf: leaf.astype(wide), (biases, branch_norms, data(outer_norm)))
+    prepared = (biases, branch_norms, data(outer_norm), bias)
+    return jax.tree.map(lambda leaf: leaf.astype(wide), prepared)
 
 
 def _wide(x: Array) -> Array:
     """Products and sums of bfloat16 convolutions are taken in float32."""
-    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+    return x.astype(linear_maps.wide(x.dtype))
 
 
 def _row(channel_values: Array, like: Array) -> Array:
@@ -160,17 +144,60 @@ def _row(channel_values: Array, like: Array) -> Array:
     return channel_values.reshape((1,) * (like.ndim - 1) + (-1,))
 
 
-def _products(static: Unit, x, kernels, biases) -> list[Array]:
-    """The branches' linear maps and biases, `(..., C)` each, in float32 or wider."""
-    return _add_biases(static, static.linear_map(x, kernels), biases)
+# What a branch may read, `(map, x, kernels) -> (..., B*C)`.
+READS = {
+    "x": lambda linear_map, x, kernels: linear_map(x, kernels),
+    "square": lambda linear_map, x, kernels: linear_map(x * x, kernels),
+    "form": lambda linear_map, x, kernels: linear_maps.fuse(
+        [_form(linear_map, x, kernel) for kernel in kernels], linear_map.groups
+    ),
+}
 
 
-def _add_biases(static: Unit, z: Array, biases) -> list[Array]:
-    branches = len(static.parts.branches)
-    zs = linear_maps.split(_wide(z), branches, static.linear_map.groups)
+@functools.partial(jax.checkpoint, static_argnums=0)
+def _form(linear_map, x: Array, kernel: Array) -> Array:
+    """Keeps x and not its windows, which are kernel_h * kernel_w times as large."""
+    return forms.quadratic_form(linear_map.windows(x), kernel).astype(x.dtype)
+
+
+def _maps(static: Unit, x: Array, kernels) -> dict[str, Array]:
+    """The branches' linear maps, those that read the same thing fused into one."""
+    x, kernels = static.precision.input(x), list(map(static.precision.kernel, kernels))
+    return {
+        kind: READS[kind](static.linear_map, x, [kernels[i] for i in positions])
+        for kind, positions in static.parts.kinds.items()
+    }
+
+
+def _split(static: Unit, z: dict[str, Array]) -> list[Array]:
+    """A value a branch, in their order, from one a kind."""
+    found = {}
+    for kind, positions in static.parts.kinds.items():
+        values = linear_maps.split(z[kind], len(positions), static.linear_map.groups)
+        found |= dict(zip(positions, values, strict=True))
+    return [found[i] for i in range(len(found))]
+
+
+def _fuse(static: Unit, zs) -> dict[str, Array]:
+    """Undoes `_split`."""
+    groups = static.linear_map.groups
+    return {
+        kind: linear_maps.fuse([zs[i] for i in positions], groups)
+        for kind, positions in static.parts.kinds.items()
+    }
+
+
+def _branches(static: Unit, z: dict[str, Array], biases) -> list[Array]:
+    """The branches' values with their biases, `(..., C)` each, in float32 or wider."""
+    zs = list(map(_wide, _split(static, z)))
     if biases is None:
         return zs
     return [z + _row(bias, z) for z, bias in zip(zs, biases, strict=True)]
+
+
+def _combine(static: Unit, hs, bias: Array | None) -> Array:
+    y = static.parts.combine(*hs)
+    return y if bias is None else y + _row(bias, y)
 
 
 def _moments_used(x: Array, norm: Norm) -> Moments:
@@ -190,12 +217,12 @@ def _normalise_all(static: Unit, zs, norms, used) -> list[Array]:
     return [_normalise(z, norm, of, static.branch_epsilon) for z, norm, of in triples]
 
 
-def _forward(static: Unit, x, kernels, biases, branch_norms, outer_norm):
-    zs = _products(static, x, kernels, biases)
+def _forward(static: Unit, x, kernels, biases, branch_norms, outer_norm, bias):
+    zs = _branches(static, _maps(static, x, kernels), biases)
     inner = outer = None
     if branch_norms is not None:
         inner = tuple(_moments_used(z, norm) for z, norm in zip(zs, branch_norms, strict=True))
-    y = static.parts.combine(*_normalise_all(static, zs, branch_norms, inner))
+    y = _combine(static, _normalise_all(static, zs, branch_norms, inner), bias)
     if outer_norm is not None:
         if len(zs) > 1:
             y = lax.optimization_barrier(y)  # or XLA normalises all branches into one tensor first
@@ -206,9 +233,9 @@ def _forward(static: Unit, x, kernels, biases, branch_norms, outer_norm):
     return y.astype(x.dtype), Statistics(inner, outer)
 
 
-def _hybrid_forward(static, x, kernels, biases, branch_norms, outer_norm):
-    out = _forward(static, x, kernels, biases, branch_norms, outer_norm)
-    return out, (x, kernels, biases, branch_norms, outer_norm, out[1])
+def _hybrid_forward(static, *arguments):
+    out = _forward(static, *arguments)
+    return out, (arguments, out[1])
 
 
 def _norm_sums(g: Array, x: Array, used: Moments, epsilon: float) -> tuple[Array, Array]:
@@ -236,78 +263,69 @@ def _hybrid_backward(static: Unit, saved, cotangents):
     # A barrier before each pass over the products: XLA must read them again, it may not carry the
     # last pass's intermediates along.
     saved, g = lax.optimization_barrier((saved, cotangents[0]))
-    x, kernels, biases, branch_norms, outer_norm, statistics = saved
-    z, transpose = jax.vjp(static.linear_map, x, kernels)
+    (x, kernels, biases, branch_norms, outer_norm, bias), statistics = saved
+    z, transpose = jax.vjp(functools.partial(_maps, static), x, kernels)
+
+    def values(z):
+        """The branches' values, and what follows their norms."""
+        zs = _branches(static, z, biases)
+        return zs, _normalise_all(static, zs, branch_norms, statistics.branches)
+
+    def before_outer_norm(z, g):
+        """The cotangent behind the activation, and the combined value that the outer norm takes."""
+        combined = _combine(static, values(z)[1], bias)
+        g = _wide(g)
+        if static.activation is not None:
+            before = combined
+            if outer_norm is not None:
+                before = _normalise(combined, outer_norm, statistics.outer, static.outer_epsilon)
+            (g,) = jax.vjp(static.activation, before)[1](g)
+        return g, combined
+
+    def branch_gradients(z, g):
+        """The branches' values, and the cotangents behind their norms."""
+        zs, hs = values(z)
+        return zs, static.parts.gradient(g, *hs)
 
     d_outer_norm = d_branch_norms = None
     if outer_norm is not None:
-        before, combined = _before_outer_norm(
-            static, z, g, biases, branch_norms, outer_norm, statistics
-        )
-        sums = _norm_sums(before, combined, statistics.outer, static.outer_epsilon)
+        sums = _norm_sums(*before_outer_norm(z, g), statistics.outer, static.outer_epsilon)
         d_outer_norm = _norm_gradient(outer_norm, sums)
         z, g, sums = lax.optimization_barrier((z, g, sums))
-    g, combined = _before_outer_norm(static, z, g, biases, branch_norms, outer_norm, statistics)
+    g, combined = before_outer_norm(z, g)
     if outer_norm is not None:
         g = _norm_input_gradient(
             g, combined, outer_norm, statistics.outer, sums, static.outer_epsilon
         )
+    d_bias = _bias_gradient(g, bias, outer_norm)
     z, g = lax.optimization_barrier((z, g))
 
     if branch_norms is not None:
-        zs, d_hs = _branch_gradients(static, z, g, biases, branch_norms, statistics)
+        zs, d_hs = branch_gradients(z, g)
         sums_of = functools.partial(_norm_sums, epsilon=static.branch_epsilon)
         sums = list(map(sums_of, d_hs, zs, statistics.branches))
         d_branch_norms = tuple(map(_norm_gradient, branch_norms, sums))
         z, g, sums = lax.optimization_barrier((z, g, sums))
-    zs, d_zs = _branch_gradients(static, z, g, biases, branch_norms, statistics)
+    zs, d_zs = branch_gradients(z, g)
     if branch_norms is not None:
         back = functools.partial(_norm_input_gradient, epsilon=static.branch_epsilon)
         d_zs = list(map(back, d_zs, zs, branch_norms, statistics.branches, sums))
-    d_z = linear_maps.fuse(d_zs, static.linear_map.groups).astype(z.dtype)
+    d_z = {kind: value.astype(z[kind].dtype) for kind, value in _fuse(static, d_zs).items()}
     d_z = lax.optimization_barrier(d_z)
     d_x, d_kernels = transpose(d_z)
-    return (
-        d_x,
-        d_kernels,
-        _bias_gradient(static, d_z, biases, branch_norms),
-        d_branch_norms,
-        d_outer_norm,
-    )
+    d_biases = None
+    if biases is not None:
+        d_biases = tuple(map(_bias_gradient, d_zs, biases, branch_norms or (None,) * len(biases)))
+    return d_x, d_kernels, d_biases, d_branch_norms, d_outer_norm, d_bias
 
 
-def _before_outer_norm(static: Unit, z, g, biases, branch_norms, outer_norm, statistics):
-    """The cotangent behind the activation, and the combined value that the outer norm takes."""
-    zs = _add_biases(static, z, biases)
-    combined = static.parts.combine(*_normalise_all(static, zs, branch_norms, statistics.branches))
-    g = _wide(g)
-    if static.activation is not None:
-        before = combined
-        if outer_norm is not None:
-            before = _normalise(combined, outer_norm, statistics.outer, static.outer_epsilon)
-        (g,) = jax.vjp(static.activation, before)[1](g)
-    return g, combined
-
-
-def _branch_gradients(static: Unit, z, g, biases, branch_norms, statistics):
-    """The products with bias, and the cotangents of the branches behind their norms."""
-    zs = _add_biases(static, z, biases)
-    hs = _normalise_all(static, zs, branch_norms, statistics.branches)
-    return zs, static.parts.gradient(g, *hs)
-
-
-def _bias_gradient(static: Unit, d_z, biases, branch_norms):
-    if biases is None:
+def _bias_gradient(g: Array, bias: Array | None, norm: Norm | None) -> Array | None:
+    """The norm of a batch takes the mean away, and a bias with it: its gradient is exactly 0."""
+    if bias is None:
         return None
-    sums = jnp.sum(_wide(d_z), tuple(range(d_z.ndim - 1)))
-    parts = linear_maps.split(sums, len(static.parts.branches), static.linear_map.groups)
-    if branch_norms is None:
-        return tuple(parts)
-    # The norm of a batch takes the mean away, and the bias with it: its gradient is exactly 0.
-    return tuple(
-        jnp.zeros_like(part) if norm.mean is None else part
-        for part, norm in zip(parts, branch_norms, strict=True)
-    )
+    if norm is not None and norm.mean is None:
+        return jnp.zeros_like(bias)
+    return jnp.sum(g, tuple(range(g.ndim - 1)))
 
 
 _hybrid.defvjp(_hybrid_forward, _hybrid_backward)

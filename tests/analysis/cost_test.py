@@ -79,8 +79,7 @@ def test_a_quadratic_layer_costs_its_branches_and_products():
     assert dataclasses.asdict(three) == dict(
         name="",
         kind="Conv",
-        parameter_shape=(3, 3, 2, 6),
-        branches=3,
+        kernels=((3, 3, 2, 6),) * 3,
         input_shape=(5, 7, 4),
         output_shape=(5, 7, 6),
         neuron="ours",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from jax import Array, lax
 
-from efficient_nets.ops import linear_maps, quadratic
+from efficient_nets.ops import linear_maps, neurons, quadratic
 
 # Rounding of float64 sums of at most some hundred terms, through two norms. A gradient that is
 # exactly 0 on one side (a bias in front of a batch norm) is rounding of such sums on the other.
@@ -41,11 +42,15 @@ class Case:
         )
 
     @property
+    def parts(self) -> neurons.Neuron:
+        return neurons.neuron(self.neuron)
+
+    @property
     def branches(self) -> int:
-        return len(quadratic.NEURONS[self.neuron].branches)
+        return len(self.parts.branches)
 
     def arguments(self):
-        """`(x, kernels, biases, branch_norms, outer_norm)` with values of size about 1."""
+        """`(x, kernels, biases, branch_norms, outer_norm, bias)` with values of size about 1."""
         random = np.random.default_rng(0)
         features = self.kernel_shape[-1]
 
@@ -57,13 +62,21 @@ class Case:
             affine = (1 + normal(features) / 4, normal(features))
             return quadratic.Norm(*affine, *(frozen if kind == "frozen" else (None, None)))
 
-        fan_in = np.prod(self.kernel_shape[:-1])
+        def kernel(branch):
+            fan_in = math.prod(self.kernel_shape[:-1])
+            if self.parts.read_by(branch) == "form":
+                return normal(fan_in * (fan_in + 1) // 2, features) / fan_in
+            return normal(*self.kernel_shape) / np.sqrt(fan_in)
+
+        each = range(self.branches)
+        biased = self.parts.bias if self.bias else None
         return (
             normal(*self.x_shape),
-            tuple(normal(*self.kernel_shape) / np.sqrt(fan_in) for _ in range(self.branches)),
-            tuple(normal(features) for _ in range(self.branches)) if self.bias else None,
-            tuple(norm(self.branch) for _ in range(self.branches)) if self.branch else None,
+            tuple(map(kernel, self.parts.branches)),
+            tuple(normal(features) for _ in each) if biased == "branch" else None,
+            tuple(norm(self.branch) for _ in each) if self.branch else None,
             norm(self.outer) if self.outer else None,
+            normal(features) if biased == "output" else None,
         )
 
 
@@ -75,7 +88,7 @@ def conv(size, kernel_size, *, inputs=4, features=6, groups=1, options=None, **r
     rank = len(size)
     window = {"strides": (1,) * rank, "padding": "SAME", "dilation": (1,) * rank} | (options or {})
     kernel_shape = (*kernel_size, inputs // groups, features)
-    linear_map = linear_maps.ConvMap(**window, groups=groups)
+    linear_map = linear_maps.ConvMap(**window, groups=groups, kernel_size=kernel_size)
     return Case((2, *size, inputs), kernel_shape, linear_map, **rest)
 
 
@@ -114,9 +127,39 @@ CASES |= {
     "depthwise": conv((4, 3), (3, 3), features=4, groups=4),
     "depthwise, multiplier 2": conv((4, 3), (3, 3), features=8, groups=4),
 }
+NAMES = [*neurons.NEURONS, "t1:1", "t1:3", "cqnn:2"]
+for name in NAMES:
+    window = {"strides": (2, 1), "dilation": (1, 2), "padding": ((1, 0), (2, 1))}
+    CASES |= {
+        f"{name}, no norms": dense(neuron=name, branch=None, outer=None, activation=None),
+        f"{name}, norms": dense(neuron=name, bias=False),
+        f"{name}, biases and norms": dense(neuron=name, branch="frozen"),
+        f"{name}, conv": conv((4, 5), (2, 2), neuron=name, branch=None, options=window),
+        f"{name}, groups": conv((3, 3), (2, 1), neuron=name, groups=2, outer=None),
+        f"{name}, depthwise": conv((3, 3), (3, 1), neuron=name, features=4, groups=4),
+    }
 
 
-def plain(case: Case, x, kernels, biases, branch_norms, outer_norm):
+# Values of branches in the order of `Neuron.branches`, as in the papers.
+FORMULAS = {
+    "linear": lambda w: w,
+    "t1": lambda q, w: q + w,
+    "t2": lambda w: w,
+    "t3": lambda a: a**2,
+    "t4": lambda a, b: a * b,
+    "t1&2": lambda q, w: q + w,
+    "t2&4": lambda a, b, c: a * b + c,
+    "fan": lambda a, b, c: a * b + c,
+    "ours": lambda a, b, c: a * b + c,
+    "qres": lambda a, b: a * (1 + b),
+    "cqnn": lambda q, w: q + w,
+    "t1:1": lambda u, v, w: u * v + w,
+    "t1:3": lambda u1, v1, u2, v2, u3, v3, w: u1 * v1 + u2 * v2 + u3 * v3 + w,
+    "cqnn:2": lambda u1, v1, u2, v2: u1 * v1 + u2 * v2,
+}
+
+
+def plain(case: Case, x, kernels, biases, branch_norms, outer_norm, bias):
     """The unit as a user would write it: a convolution a branch and textbook batch norms."""
 
     def norm(z, norm, epsilon):
@@ -128,14 +171,20 @@ def plain(case: Case, x, kernels, biases, branch_norms, outer_norm):
 
     hs, inner, outer = [], [], None
     for index, kernel in enumerate(kernels):
-        h = _plain_map(case.linear_map, x, kernel)
+        reads = case.parts.read_by(case.parts.branches[index])
+        if reads == "form":
+            h = _plain_form(case, x, kernel)
+        else:
+            h = _plain_map(case.linear_map, x**2 if reads == "square" else x, kernel)
         if biases is not None:
             h = h + jnp.expand_dims(biases[index], tuple(range(h.ndim - 1)))
         if branch_norms is not None:
             h, used = norm(h, branch_norms[index], EPSILONS["branch"])
             inner.append(used)
         hs.append(h)
-    y = {"linear": lambda w: w, "ours": lambda a, b, c: a * b + c}[case.neuron](*hs)
+    y = FORMULAS[case.neuron](*hs)
+    if bias is not None:
+        y = y + jnp.expand_dims(bias, tuple(range(y.ndim - 1)))
     if outer_norm is not None:
         y, outer = norm(y, outer_norm, EPSILONS["outer"])
     return y if case.activation is None else case.activation(y), (inner, outer)
@@ -153,6 +202,30 @@ def _plain_map(linear_map, x, kernel):
         feature_group_count=linear_map.groups,
     )
     return jnp.moveaxis(out, 1, -1)
+
+
+def _plain_form(case: Case, x, kernel):
+    """x' W x with whole matrices W, of windows that JAX cuts out."""
+    linear_map, features, groups = case.linear_map, case.kernel_shape[-1], case.linear_map.groups
+    size = math.prod(case.kernel_shape[:-1])
+    windows = x[..., None, :]
+    if not isinstance(linear_map, linear_maps.DenseMap):
+        patches = lax.conv_general_dilated_patches(
+            jnp.moveaxis(x, -1, 1),
+            case.kernel_shape[:-2],
+            linear_map.strides,
+            linear_map.padding,
+            rhs_dilation=linear_map.dilation,
+        )
+        patches = jnp.moveaxis(patches, 1, -1)  # channels, then positions
+        window = patches.reshape(*patches.shape[:-1], groups, -1, math.prod(case.kernel_shape[:-2]))
+        windows = jnp.swapaxes(window, -1, -2).reshape(*window.shape[:-2], size)
+    row = np.concatenate([np.arange(size)] * size)[: len(kernel)]
+    column = (row + np.arange(len(kernel)) // size) % size
+    matrices = jnp.zeros((size, size, features)).at[row, column].set(kernel)
+    matrices = matrices.reshape(size, size, groups, features // groups)
+    y = jnp.einsum("...gi,ijgo,...gj->...go", windows, matrices, windows)
+    return y.reshape(*y.shape[:-2], features)
 
 
 def value_and_gradients(apply, arguments):
@@ -206,14 +279,19 @@ def test_hybrid_is_autodiff_is_plain(case, x64):
 
 def shifts_without_effect(case: Case) -> set[str]:
     """Biases, and the branch norms' biases, that the next batch norm takes away."""
-    last = case.branches - 1  # the branch that stands alone in the combined value
     paths = {f"[2][{i}]" for i in range(case.branches)} if case.branch == "batch" else set()
-    return paths | ({f"[2][{last}]", f"[3][{last}].bias"} if case.outer == "batch" else set())
+    if case.outer != "batch":
+        return paths
+    # Branches that stand alone in the combined value.
+    alone = {"linear": [0], "t1": [0, 1], "t2": [0], "t1&2": [0, 1], "cqnn": [0, 1]}
+    alone |= dict.fromkeys(("t2&4", "fan", "ours", "t1:1"), [2]) | {"t1:3": [6]}
+    alone = alone.get(case.neuron, [])
+    return paths | {f"[{k}][{i}]{of}" for i in alone for k, of in ((2, ""), (3, ".bias"))} | {"[5]"}
 
 
-@pytest.mark.parametrize("name", quadratic.NEURONS)
+@pytest.mark.parametrize("name", NAMES)
 def test_symbolic_gradient_of_a_neuron_is_its_vjp(name, x64):
-    neuron = quadratic.NEURONS[name]
+    neuron = neurons.neuron(name)
     random = np.random.default_rng(0)
     g, *values = (jnp.asarray(random.normal(size=(3, 2))) for _ in range(len(neuron.branches) + 1))
     expected = jax.vjp(neuron.combine, *values)[1](g)
@@ -226,9 +304,9 @@ def test_symbolic_gradient_of_a_neuron_is_its_vjp(name, x64):
 def test_norms_of_one_unit_may_differ(apply, x64):
     """Some branches frozen, others on batch statistics: each bias gradient follows its own norm."""
     case = dense()
-    x, kernels, biases, (norm_a, norm_b, norm_c), outer = case.arguments()
+    x, kernels, biases, (norm_a, norm_b, norm_c), outer, bias = case.arguments()
     frozen = norm_b._replace(mean=jnp.zeros(3), var=jnp.full(3, 2.0))
-    arguments = (x, kernels, biases, (norm_a, frozen, norm_c), outer)
+    arguments = (x, kernels, biases, (norm_a, frozen, norm_c), outer, bias)
     expected = trained(value_and_gradients(lambda *a: plain(case, *a), arguments)[2])
     ours = trained(value_and_gradients(lambda *a: apply(case.unit, *a), arguments)[2])
     for path, gradient in expected.items():
@@ -258,7 +336,7 @@ def test_statistics_carry_no_gradient(apply, x64):
 @pytest.mark.parametrize("apply", [quadratic.unit, quadratic.hybrid_unit])
 def test_statistics_are_numpys(apply, x64):
     case = conv((4, 3), (3, 3), groups=2)
-    x, kernels, biases, norms, outer = case.arguments()
+    x, kernels, biases, norms, outer, _ = case.arguments()
     _, statistics = apply(case.unit, x, kernels, biases, norms, outer)
     for i, (mean, var) in enumerate(statistics.branches):
         z = np.asarray(_plain_map(case.linear_map, x, kernels[i])) + np.asarray(biases[i])

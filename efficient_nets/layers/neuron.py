@@ -1,0 +1,157 @@
+"""The parameters of a neuron's branches, and the ways in which they start."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_nets.errors import UserError
+from efficient_nets.layers.geometry import Geometry
+from efficient_nets.layers.norm import BatchNorm
+from efficient_nets.layers.spec import LayerSpec
+from efficient_nets.ops import forms
+
+# What the coefficients of one layer's quadratic forms may take: they grow with the square of the
+# inputs. 3x3 kernels on 64 channels, 64 features, take 43 MB; on 512, 512 features, 22 GB.
+FORM_BYTES = 2**30
+
+# E x^4 / (E x^2)^2 of the inputs that start='variance' is made for.
+KURTOSIS = {"variance": 3.0, "variance:relu": 6.0}  # of a Gaussian, and of one cut off at 0
+# The output's second moment that keeps the next layer's input at 1; half of it passes a ReLU, but
+# where no output is negative.
+MOMENT = {"variance": 1.0, "variance:relu": 2.0}
+
+
+class Branch(nnx.Module):
+    """Parameters of one linear map: `kernel`, perhaps `bias` `(C,)`, perhaps a branch norm."""
+
+    def __init__(self, shape, *, use_bias, norm, kernel_init, bias_init, param_dtype, rngs):
+        features = shape[-1]
+        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
+        self.bias = (
+            nnx.Param(bias_init(rngs.params(), (features,), param_dtype)) if use_bias else None
+        )
+        self.norm = BatchNorm(features, rngs=rngs) if norm else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Neuron:
+    """What `make` gives: a `Branch` a name, and the bias of the combined value, if any."""
+
+    branches: dict[str, Branch]
+    bias: nnx.Param | None
+
+
+def kernel_shape(geometry: Geometry, reads: str) -> tuple[int, ...]:
+    """Of a branch that reads 'x', 'square' or 'form'."""
+    if reads != "form":
+        return geometry.kernel_shape
+    return forms.pairs(geometry.inputs), geometry.features
+
+
+def make(
+    geometry: Geometry, spec: LayerSpec, rngs: nnx.Rngs, linear: Branch | None = None
+) -> Neuron:
+    """Fresh branches by `spec.start`; `linear` is the branch that a 'relinear' start carries on.
+
+    Raises:
+      UserError: if a form is too large or has a rank above its size, or the start does not fit.
+    """
+    parts = spec.parts
+    _check_forms(geometry, spec)
+    use_bias = geometry.use_bias or parts.biased
+    made = {}
+    for index, name in enumerate(parts.branches):
+        reads = parts.read_by(name)
+        made[name] = Branch(
+            kernel_shape(geometry, reads),
+            use_bias=use_bias and parts.bias == "branch",
+            norm=spec.norm == "branch",
+            kernel_init=_kernel_init(geometry, spec, index, reads),
+            bias_init=geometry.bias_init,
+            param_dtype=geometry.param_dtype,
+            rngs=rngs,
+        )
+    bias = None
+    if use_bias and parts.bias == "output":
+        initial = geometry.bias_init(rngs.params(), (geometry.features,), geometry.param_dtype)
+        bias = nnx.Param(initial)
+    neuron = Neuron(made, bias)
+    if spec.start == "relinear":
+        _start_linear(neuron, spec, linear)
+    return neuron
+
+
+def _check_forms(geometry: Geometry, spec: LayerSpec) -> None:
+    inputs, features = geometry.inputs, geometry.features
+    if spec.parts.rank > inputs:
+        raise UserError(
+            f"neuron={spec.neuron!r}: the form of a kernel with {inputs} inputs has rank "
+            f"{inputs} at most"
+        )
+    size = forms.pairs(inputs) * features * jnp.dtype(geometry.param_dtype).itemsize
+    if "form" in spec.parts.reads and size > FORM_BYTES:
+        raise UserError(
+            f"neuron={spec.neuron!r}: {features} forms of {inputs} inputs have "
+            f"{forms.pairs(inputs):,} coefficients each and take {size:,} bytes, allowed are "
+            f"{FORM_BYTES:,}; give a rank, as in neuron='t1:4' or 'cqnn:4'"
+        )
+
+
+def _kernel_init(geometry: Geometry, spec: LayerSpec, index: int, reads: str):
+    if spec.start not in KURTOSIS:
+        return geometry.kernel_init
+    n, kurtosis = geometry.inputs, KURTOSIS[spec.start]
+    # Second moment of what a branch of unit coefficients of random signs gives, for inputs of 1.
+    of_ones = {
+        "x": n,
+        "square": n * kurtosis,
+        "form": n * (n - 1) / 2 + n * kurtosis,
+    }[reads]
+    target = 1.0 if spec.parts.nonnegative else MOMENT[spec.start]
+    moment = spec.parts.moments(target)[index]
+    return nnx.initializers.normal(math.sqrt(moment / of_ones))
+
+
+def _start_linear(neuron: Neuron, spec: LayerSpec, linear: Branch | None) -> None:
+    """Gives each branch its role of `relinear`, so that the neuron is the linear one (ReLinear).
+
+    A branch norm takes the part of the kernel: scale 0 makes its branch a constant. That of the
+    carried branch starts with statistics of 0 and 1, so in evaluation it changes nothing.
+    """
+    for name, role in zip(spec.parts.branches, spec.parts.relinear, strict=True):
+        branch = neuron.branches[name]
+        if role == "carry":
+            _carry(neuron, branch, linear)
+        elif role in ("zero", "one"):
+            _make_constant(name, branch, spec, float(role == "one"))
+
+
+def _carry(neuron: Neuron, branch: Branch, linear: Branch | None) -> None:
+    if branch.norm is not None:
+        branch.norm.var[...] = jnp.full_like(branch.norm.var[...], 1 - branch.norm.epsilon)
+    if linear is None:
+        return
+    branch.kernel[...] = linear.kernel[...]
+    if linear.bias is not None:
+        bias = branch.bias if branch.bias is not None else neuron.bias
+        bias[...] = linear.bias[...]
+    if linear.norm is not None:
+        if branch.norm is None:
+            raise UserError("start='relinear' carries a branch norm on only with norm='branch'")
+        branch.norm = linear.norm
+
+
+def _make_constant(name: str, branch: Branch, spec: LayerSpec, value: float) -> None:
+    weight, bias = branch.kernel, branch.bias
+    if branch.norm is not None:
+        weight, bias = branch.norm.scale, branch.norm.bias
+    if bias is None and value:
+        raise UserError(
+            f"start='relinear': branch {name!r} of neuron={spec.neuron!r} starts at 1, which takes "
+            "use_bias=True or norm='branch'"
+        )
+    weight[...] = jnp.zeros_like(weight[...])
+    if bias is not None:
+        bias[...] = jnp.full_like(bias[...], value)
