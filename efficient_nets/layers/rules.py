@@ -27,6 +27,10 @@ def layers(model: nnx.Module) -> Iterator[tuple[str, Layer]]:
 def convert(model: nnx.Module, rules: Sequence[Mapping], key: jax.Array) -> nnx.Module:
     """A copy of the model in which each layer has the spec of the first rule that matches its path.
 
+    A layer that changes gets fresh parameters, but with `start='relinear'`: that carries those of a
+    linear layer on, and the neuron starts as that layer. New norms are in training mode, so call
+    `model.eval()` afterwards where that is wanted.
+
     Args:
       model: Any Flax NNX module that holds `Dense` and `Conv` layers.
       rules: Mappings with `match`, a regular expression searched for in the layer's path, and any
