@@ -97,6 +97,7 @@ def defaults() -> ConfigDict:
             every_epochs=1.0,
             keep=3,  # the newest ones; the best one is kept too
             init_from="",  # a workdir whose weights to start from, where path and shape match
+            convert_from="",  # a workdir whose trained net `layers` are applied to
         )
     )
     config.sharding = ConfigDict(
@@ -105,7 +106,13 @@ def defaults() -> ConfigDict:
             rules=(dict(match="kernel", shard="fsdp"),),  # shard: 'fsdp' or 'replicate'
         )
     )
-    config.log = ConfigDict(dict(every_steps=50, tensorboard=True))
+    config.log = ConfigDict(
+        dict(
+            every_steps=50,
+            tensorboard=True,
+            products=False,  # of each layer, the largest magnitude of what its neuron combines
+        )
+    )
     return config
 
 
@@ -126,6 +133,8 @@ def check(config: ConfigDict) -> None:
             raise UserError(
                 f"{field}={config[section][key]}: allowed 0 up to, not including, {highest}"
             )
+    if config.checkpoint.init_from and config.checkpoint.convert_from:
+        raise UserError("checkpoint.init_from and checkpoint.convert_from: give one of the two")
     names.pick("dtype", config.dtype, {"float32": None, "bfloat16": None})
     paths.check_rules("layers", config.layers, rules.FIELDS)
     paths.check_rules("optimizer.rules", config.optimizer.rules, optim.RULE_FIELDS)
@@ -166,6 +175,17 @@ def _same_kind(value: Any, default: Any) -> bool:
 def to_json(config: ConfigDict) -> str:
     """The config as text: equal configs give equal text."""
     return json.dumps(_plain(config.to_dict()), indent=2, sort_keys=True)
+
+
+def from_json(text: str) -> ConfigDict:
+    """Undoes `to_json`."""
+    return ConfigDict(_tuples(json.loads(text)))
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _plain(value: Any) -> Any:

@@ -83,7 +83,12 @@ def build_model(config: ConfigDict, info: data.Info, key: Array) -> nnx.Module:
         rngs=nnx.Rngs(plain_key),
         **options,
     )
-    model = layers.convert(model, [dict(rule) for rule in config.layers], convert_key)
+    return convert(config, model, convert_key)
+
+
+def convert(config: ConfigDict, model: nnx.Module, key: Array) -> nnx.Module:
+    """The net with `config.layers` and `config.dtype` applied."""
+    model = layers.convert(model, [dict(rule) for rule in config.layers], key)
     return layers.set_compute_dtype(model, jnp.dtype(config.dtype))
 
 

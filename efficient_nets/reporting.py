@@ -114,6 +114,18 @@ def write_json(path: pathlib.Path, value: Mapping) -> None:
     temporary.replace(path)
 
 
+def _with_split(name: str) -> str:
+    """A metric of training, or as it is: `stage1.0.conv1/product_max` is one of that layer."""
+    return name if "/" in name else f"train/{name}"
+
+
+def _where(values: Mapping[str, float]) -> str:
+    """The layer whose product overflowed, where `log.products` tells; those behind it have NaN."""
+    peaks = {name: x for name, x in values.items() if name.endswith("/product_max")}
+    broken = sorted((math.isnan(x), name) for name, x in peaks.items() if not math.isfinite(x))
+    return f", from layer {broken[0][1].partition('/')[0]} on" if broken else ""
+
+
 def _finite(value):
     if isinstance(value, float | np.floating):
         return float(value) if math.isfinite(value) else None
@@ -170,14 +182,14 @@ class Meter:
     def _add(self, step: int, values: Mapping[str, float]) -> None:
         for name in ("loss", "gradient_norm", "parameter_norm"):
             if not math.isfinite(values[name]):
-                raise TrainingDiverged(f"{name} is {values[name]} at step {step}")
+                raise TrainingDiverged(f"{name} is {values[name]} at step {step}{_where(values)}")
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._summed += 1
         if step % self._every == 0:
             means = {name: total / self._summed for name, total in self._sums.items()}
             means["learning_rate"] = values["learning_rate"]
-            self._reporter.scalars(step, {f"train/{name}": x for name, x in means.items()})
+            self._reporter.scalars(step, {_with_split(name): x for name, x in means.items()})
             self._sums, self._summed = {}, 0
 
     @property

@@ -21,7 +21,17 @@ from jax import lax
 from ml_collections import ConfigDict
 
 from efficient_nets import config as configs
-from efficient_nets import data, experiment, optim, paths, reporting, sharding, workdirs
+from efficient_nets import (
+    conversion,
+    data,
+    experiment,
+    layers,
+    optim,
+    paths,
+    reporting,
+    sharding,
+    workdirs,
+)
 from efficient_nets.checkpoint import Checkpoints
 from efficient_nets.errors import TrainingDiverged
 from efficient_nets.evaluation import evaluate_all, evaluators, put_resident
@@ -72,6 +82,8 @@ def _start(run: Experiment, checkpoints: Checkpoints) -> tuple[TrainState, dict]
         logging.info("Goes on from the checkpoint of step %d.", step)
         return state, meta
     state = run.initial_state()
+    if run.config.checkpoint.convert_from:
+        return conversion.converted_start(run, state), {}
     if run.config.checkpoint.init_from:
         state = workdirs.warm_start(run, state)
     return state, {}
@@ -136,8 +148,9 @@ def train_step(run: Experiment, state: TrainState, batch: dict, resident: dict |
     def loss_fn(params):
         model = nnx.merge(run.graph, params, state.stats)
         model.train()
-        loss, metrics = run.task.loss(model(images), labels)
-        return loss, (_stats(model), metrics)
+        logits, peaks = _watched(model, images) if run.config.log.products else (model(images), {})
+        loss, metrics = run.task.loss(logits, labels)
+        return loss, (_stats(model), metrics | peaks)
 
     gradient, (stats, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
     updates, optimizer = run.optimizer.update(gradient, state.optimizer, state.params)
@@ -154,6 +167,15 @@ def train_step(run: Experiment, state: TrainState, batch: dict, resident: dict |
         optimizer=optimizer,
         ema=_moved(run, state, params),
     ), metrics
+
+
+def _watched(model: nnx.Module, images):
+    """Logits, and the largest magnitude that each layer's neuron combines."""
+    paths_of = {id(layer): path for path, layer in layers.layers(model)}
+    with layers.watching() as peaks:
+        logits = model(images)
+    names = [paths_of[id(layer)].replace("/", ".") for layer, _ in peaks]
+    return logits, {f"{n}/product_max": p for n, (_, p) in zip(names, peaks, strict=True)}
 
 
 def _stats(model: nnx.Module):

@@ -216,6 +216,7 @@ def _apply_unit(x: Array, layer: Layer, norm, activation) -> Array:
         layer.linear_map,
         activation,
         precision=PRECISIONS[layer.spec.precision],
+        watch=observe.is_watching(),
     )
     if layer.spec.norm == "branch":
         branch_norms = tuple(branch.norm.arrays() for branch in branches)
@@ -234,6 +235,8 @@ def _apply_unit(x: Array, layer: Layer, norm, activation) -> Array:
         norms.arrays_or_none(norm),
         None if layer.bias is None else layer.bias[...],
     )
+    if static.watch:
+        observe.watched(layer, statistics.peak)
     if branch_norms is not None:
         for branch, batch in zip(branches, statistics.branches, strict=True):
             branch.norm.update(batch)

@@ -54,10 +54,14 @@ class Moments(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Moments used for each branch and for the combined value; None where there is no norm."""
+    """Moments used for each branch and for the combined value; None where there is no norm.
+
+    peak: largest magnitude of the combined value, before the outer norm, of a unit with `watch`.
+    """
 
     branches: tuple[Moments, ...] | None
     outer: Moments | None
+    peak: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +74,7 @@ class Unit:
     branch_epsilon: float = 1e-5
     outer_epsilon: float = 1e-5
     precision: Precision = PRECISIONS["float"]
+    watch: bool = False
 
     @property
     def parts(self) -> neurons.Neuron:
@@ -223,6 +228,7 @@ def _forward(static: Unit, x, kernels, biases, branch_norms, outer_norm, bias):
     if branch_norms is not None:
         inner = tuple(_moments_used(z, norm) for z, norm in zip(zs, branch_norms, strict=True))
     y = _combine(static, _normalise_all(static, zs, branch_norms, inner), bias)
+    peak = jnp.max(jnp.abs(y)) if static.watch else None
     if outer_norm is not None:
         if len(zs) > 1:
             y = lax.optimization_barrier(y)  # or XLA normalises all branches into one tensor first
@@ -230,7 +236,7 @@ def _forward(static: Unit, x, kernels, biases, branch_norms, outer_norm, bias):
         y = _normalise(y, outer_norm, outer, static.outer_epsilon)
     if static.activation is not None:
         y = static.activation(y)
-    return y.astype(x.dtype), Statistics(inner, outer)
+    return y.astype(x.dtype), Statistics(inner, outer, peak)
 
 
 def _hybrid_forward(static, *arguments):

@@ -86,7 +86,7 @@ RIVALS = {
 }
 
 
-def compiled_gradient(model: nnx.Module, batch: int, device):
+def compiled_gradient(model: nnx.Module, batch: int, device, image_shape=IMAGE):
     """The gradient of the mean loss, and the new running averages, compiled for the device."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     sharding = jax.sharding.SingleDeviceSharding(device)
@@ -102,7 +102,7 @@ def compiled_gradient(model: nnx.Module, batch: int, device):
     def on_device(leaf):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    images = jax.ShapeDtypeStruct((batch, *IMAGE), jnp.float32)
+    images = jax.ShapeDtypeStruct((batch, *image_shape), jnp.float32)
     labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
     arguments = jax.tree.map(on_device, (params, rest, images, labels))
     return jax.jit(gradient).lower(*arguments).compile()

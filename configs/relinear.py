@@ -1,0 +1,28 @@
+"""ReLinear: the trained linear LeNet of `configs/neurons.py` goes on as a quadratic one.
+
+    python -m efficient_nets.main --config=configs/neurons.py:linear --workdir=runs/neurons-linear
+    python -m efficient_nets.main --config=configs/relinear.py --workdir=runs/relinear
+
+@@ The argument is the linear net's workdir. The quadratic net
+starts as that net (Fan et al. 2021, arXiv 2110.06081), and its products learn at a tenth of the
+rate of the rest.
+"""
+
+from efficient_nets import config as configs
+from efficient_nets import recipes
+
+
+def get_config(linear: str = "runs/neurons-linear"):
+    config = configs.defaults()
+    config.model = configs.model("lenet", width=0.125)
+    config.layers = (dict(match="conv", neuron="ours", norm="branch", start="relinear"),)
+    config.checkpoint.convert_from = linear
+    config.data.name = "mnist"
+    config.data.train = "train[:10000]"
+    config.optimizer.learning_rate = 0.02
+    config.optimizer.weight_decay = 5e-4
+    config.optimizer.clip_norm = 1.0
+    config.optimizer.rules += (recipes.slow_products("ours", 0.1),)
+    config.train.epochs = 2.0
+    config.train.batch_size = 100
+    return config

@@ -1,0 +1,80 @@
+"""Starting from another run's trained net, converted: `config.checkpoint.convert_from`.
+
+The net is built as that run built it, gets its weights, and is then what `layers.convert` makes of
+it by this config's rules: a linear net starts quadratic with `start='relinear'`.
+"""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from flax import nnx
+
+from efficient_nets import checkpoint, experiment, layers, sharding, workdirs
+from efficient_nets import config as configs
+from efficient_nets.errors import UserError
+from efficient_nets.experiment import Experiment, TrainState
+
+
+def converted_start(run: Experiment, state: TrainState) -> TrainState:
+    """The fresh state with the parameters and statistics of the converted net in it.
+
+    Raises:
+      UserError: if the other run is of another architecture or another number of classes, or the
+        rules make another net of it than of a plain one.
+    """
+    field, folder = "checkpoint.convert_from", pathlib.Path(run.config.checkpoint.convert_from)
+    source = _source_config(field, folder, run)
+    before = experiment.abstract_model(source, run.dataset.info)
+    graph, params, stats = nnx.split(before, nnx.Param, ...)
+    everywhere = sharding.replicated(run.mesh)
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+        {"params": nnx.to_pure_dict(params), "stats": nnx.to_pure_dict(stats)},
+    )
+    found, _, step = checkpoint.restore_params(workdirs.checkpoints_of(folder), like)
+    logging.info("Converts the net of step %d of %s.", step, folder)
+
+    def convert(found):
+        model = nnx.merge(graph, found["params"], found["stats"])
+        model = experiment.convert(run.config, model, jax.random.key(run.config.seed))
+        _check_same(field, model, nnx.merge(run.graph, *run.abstract[2:4]))
+        _, params, stats = nnx.split(model, nnx.Param, ...)
+        return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
+
+    shardings = jax.tree.map(lambda x: x.sharding, (run.abstract.params, run.abstract.stats))
+    params, stats = jax.jit(convert, out_shardings=shardings)(found)
+    ema = jax.tree.map(jnp.copy, params) if run.config.train.ema else {}
+    return state._replace(params=params, stats=stats, ema=ema)
+
+
+def _source_config(field: str, folder: pathlib.Path, run: Experiment):
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{field}={folder}: it is no workdir, it has no config.json")
+    source = configs.from_json(path.read_text())
+    configs.check(source)
+    here, there = run.config.model.to_dict(), source.model.to_dict()
+    differences = [
+        f"{key}: there {there.get(key)!r}, here {here.get(key)!r}"
+        for key in sorted({*here, *there})
+        if here.get(key) != there.get(key)
+    ]
+    if differences:
+        raise UserError(f"{field}={folder} is of another model ({'; '.join(differences)})")
+    return source
+
+
+def _check_same(field: str, converted: nnx.Module, expected: nnx.Module) -> None:
+    """Rules see the source's specs where they leave a field open, a plain net's otherwise."""
+    specs = [
+        {path: layer.spec.storage for path, layer in layers.layers(model)}
+        for model in (converted, expected)
+    ]
+    for path in specs[1]:
+        if specs[0].get(path) != specs[1][path]:
+            raise UserError(
+                f"{field}: layer {path} of the converted net is {specs[0].get(path)}, by this "
+                f"config's `layers` alone it is {specs[1][path]}: name the field in a rule"
+            )

@@ -1,0 +1,149 @@
+"""Every neuron on one small net, that of `configs/neurons.py`: cost, step time, memory, accuracy.
+
+    python -m tests.peers.neurons [--seeds=3] [--data=mnist] [--json=FILE] [NEURON ...]
+    pip install libtpu && python -m tests.peers.neurons --memory [--batch=256] [NEURON ...]
+
+Without --memory: parameters, MACs, mean and deviation of the test accuracy over seeds, and the
+step time of the hybrid backward, of autodiff and of the linear net, in turn within one process and
+so comparable with each other (median of 21). With it: temporaries of the gradient of the loss by
+the hybrid backward and by autodiff, compiled ahead of time for one TPU v5e core.
+"""
+
+import argparse
+import functools
+import json
+import time
+
+import jax
+import numpy as np
+
+from configs import neurons as config_file
+from efficient_nets import analysis, data, evaluation, experiment
+from efficient_nets import train as training
+from efficient_nets.ops import neurons
+
+NAMES = [*neurons.NEURONS, "t1:1", "t1:4", "cqnn:4"]
+
+
+def config_of(neuron: str, dataset: str, backward: str = "hybrid"):
+    config = config_file.get_config(neuron)
+    config.layers = (dict(config.layers[0], backward=backward),)
+    config.data.name = dataset
+    if dataset == "digits":
+        config.data.train = "train"
+    return config
+
+
+class Run:
+    """A net with its compiled step, which seeds share."""
+
+    def __init__(self, config, dataset):
+        self.run = experiment.build(config, dataset)
+        self.step = jax.jit(functools.partial(training.train_step, self.run), donate_argnums=0)
+        self.init = self.run.initial_state
+        self.resident = evaluation.put_resident(self.run, "train")
+        self.evaluators = evaluation.evaluators(self.run)
+
+    def state(self, seed: int):
+        return self.init()._replace(key=jax.random.key_data(jax.random.key(seed)))
+
+    def batches(self, seed: int):
+        config = self.run.config
+        return data.train_batches(self.run.dataset.train, config.train.batch_size, seed=seed)
+
+
+def accuracy(config, dataset, seed: int) -> float:
+    """Test accuracy of a whole training; the seed is of weights, batches and augmentation."""
+    config.seed = seed
+    run = Run(config, dataset)
+    state = run.state(seed)
+    for _, batch in zip(range(run.run.total_steps), run.batches(seed), strict=False):
+        state, _ = run.step(state, batch, run.resident)
+    return evaluation.evaluate_all(run.evaluators, state)["test/accuracy"]
+
+
+def step_times(runs: list[Run], repeats: int = 21) -> list[float]:
+    """Median seconds of a step of each run, taken in turn."""
+    states = [run.state(0) for run in runs]
+    batch = next(runs[0].batches(0))
+    times = np.zeros((repeats + 2, len(runs)))
+    for row in times:
+        for i, run in enumerate(runs):
+            start = time.perf_counter()
+            states[i], metrics = run.step(states[i], batch, run.resident)
+            jax.block_until_ready((states[i], metrics))
+            row[i] = time.perf_counter() - start
+    return np.median(times[2:], 0).tolist()
+
+
+def table(names, dataset_name: str, seeds: int):
+    dataset = data.load(config_of("linear", dataset_name).data)
+    for name in names:
+        config = config_of(name, dataset_name)
+        cost = analysis.model_cost(
+            experiment.abstract_model(config, dataset.info), dataset.info.image_shape
+        )
+        kinds = [
+            config,
+            config_of(name, dataset_name, "autodiff"),
+            config_of("linear", dataset_name),
+        ]
+        hybrid, autodiff, linear = step_times([Run(kind, dataset) for kind in kinds])
+        scores = [accuracy(config, dataset, seed) for seed in range(seeds)]
+        yield dict(
+            neuron=name,
+            params=cost["params"],
+            macs=cost["macs"],
+            hybrid_ms=1e3 * hybrid,
+            autodiff_ms=1e3 * autodiff,
+            linear_ms=1e3 * linear,
+            accuracy=float(np.mean(scores)),
+            deviation=float(np.std(scores)),
+        )
+
+
+def memory(names, dataset_name: str, batch: int):
+    from jax.experimental import topologies
+
+    from tests.peers.hybrid_memory import compiled_gradient
+
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2x1")
+    info = data.describe(config_of("linear", dataset_name).data)
+    for name in names:
+        row = dict(neuron=name)
+        for backward in ("hybrid", "autodiff"):
+            model = experiment.abstract_model(config_of(name, dataset_name, backward), info)
+            compiled = compiled_gradient(model, batch, topology.devices[0], info.image_shape)
+            row[f"{backward}_mib"] = compiled.memory_analysis().temp_size_in_bytes / 2**20
+            row[f"{backward}_mflop"] = compiled.cost_analysis()["flops"] / 1e6
+        yield row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--data", default="mnist", choices=["mnist", "fashion_mnist", "digits"])
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--json")
+    parser.add_argument("neurons", nargs="*", default=NAMES)
+    args = parser.parse_args()
+    rows = (
+        memory(args.neurons, args.data, args.batch)
+        if args.memory
+        else table(args.neurons, args.data, args.seeds)
+    )
+    found = []
+    for row in rows:
+        if not found:
+            print("  ".join(f"{name:>12}" for name in row))
+        cells = (f"{x:12,.4g}" if isinstance(x, float) else f"{x:>12}" for x in row.values())
+        print("  ".join(cells), flush=True)
+        found.append(row)
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(found, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()
