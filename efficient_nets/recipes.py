@@ -2,6 +2,7 @@
 
 from efficient_nets import config as configs
 from efficient_nets import names
+from efficient_nets.errors import UserError
 from efficient_nets.ops import neurons
 
 # QuadraLib's neuron as it is trained there.
@@ -18,6 +19,8 @@ def slow_products(neuron: str, factor: float = 1e-4) -> dict:
       UserError: if the neuron cannot start linear.
     """
     parts = neurons.neuron(neuron)
+    if not parts.relinear:
+        raise UserError(f"neuron={neuron!r} cannot start linear")
     added = [
         name for name, role in zip(parts.branches, parts.relinear, strict=True) if role != "carry"
     ]
