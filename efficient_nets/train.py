@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hashlib
 import pathlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -85,8 +86,9 @@ def _loop(run: Experiment, state, meta, evaluation, checkpoints, reporter):
         functools.partial(train_steps, run), static_argnames="count", donate_argnums=0
     )
     meter = reporting.Meter(meta, reporter, config.train.batch_size, config.log.every_steps)
-    with Preemption() as preemption:
-        for count, batch in _dispatches(run, step, on_device=resident is not None):
+    dispatches = _dispatches(run, step, on_device=resident is not None)
+    with Preemption() as preemption, contextlib.closing(dispatches):
+        for count, batch in dispatches:
             state, metrics = step_fn(state, batch, resident, count=count)
             meter.push(step, count, metrics)
             step += count
@@ -97,7 +99,7 @@ def _loop(run: Experiment, state, meta, evaluation, checkpoints, reporter):
                     scores = evaluate_all(evaluation[:1], state)
                 reporter.scalars(step, scores)
                 reporter.line(reporting.evaluation_line(step / run.epoch_steps, step, scores))
-            stop = preemption.reached(step)
+            stop = preemption.reached()
             if last or stop or step % run.steps(config.checkpoint.every_epochs) == 0:
                 meter.settle()  # raises if the state is not worth saving
                 meta = meter.meta()
@@ -106,6 +108,7 @@ def _loop(run: Experiment, state, meta, evaluation, checkpoints, reporter):
                 checkpoints.wait()
                 reporter.line(f"Stopped by SIGTERM; saved step {step}. The same command goes on.")
                 preemption.exit()
+        checkpoints.wait()  # while SIGTERM cannot end the process yet
     return state, meta
 
 
@@ -170,7 +173,7 @@ def _moved(run: Experiment, state: TrainState, params):
 
 
 def _dispatches(run: Experiment, step: int, on_device: bool):
-    """`(count, batch)` to the end of the run. The counts follow from the steps alone."""
+    """`(count, batch)` to the end of the run."""
     config = run.config
     size = config.train.batch_size
     most = config.train.steps_per_dispatch
@@ -184,12 +187,24 @@ def _dispatches(run: Experiment, step: int, on_device: bool):
         first_step=step,
         rows=sharding.process_rows(size),
     )
-    while step < run.total_steps:
-        boundary = min([run.total_steps, *(step - step % p + p for p in periods)])
-        count = min(most - step % most, boundary - step)
-        rows = [next(batches) for _ in range(count)]
-        batch = rows[0] if count == 1 else jax.tree.map(lambda *each: np.stack(each), *rows)
-        yield count, sharding.put_batch(batch, run.mesh, stacked=count > 1)
+    with contextlib.closing(batches):
+        for count in _counts(step, run.total_steps, periods, most):
+            rows = [next(batches) for _ in range(count)]
+            batch = rows[0] if count == 1 else jax.tree.map(lambda *each: np.stack(each), *rows)
+            yield count, sharding.put_batch(batch, run.mesh, stacked=count > 1)
+
+
+def _counts(step: int, total: int, periods: Sequence[int], most: int) -> Iterator[int]:
+    """Steps of each dispatch: at most `most`, and none goes beyond a multiple of a period.
+
+    They follow from the step alone, so that a resumed run makes the same ones. They are counted
+    from the last such multiple, so that each epoch has the same: every new count is compiled.
+    """
+    while step < total:
+        begin = max(step - step % period for period in periods)
+        end = min(total, *(step - step % period + period for period in periods))
+        count = min(most - (step - begin) % most, end - step)
+        yield count
         step += count
 
 

@@ -249,3 +249,35 @@ def test_the_workdir_may_be_relative(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     training.train(tiny(train__epochs=0.4), pathlib.Path("here"))
     assert (tmp_path / "here" / "result.json").exists()
+
+
+@pytest.mark.parametrize("epoch, most", [(97, 16), (45, 16), (32, 16), (5, 16), (7, 1)])
+def test_every_epoch_has_the_same_dispatches_also_when_resumed(epoch, most):
+    counts = list(training._counts(0, 6 * epoch, [epoch, 2 * epoch], most))
+    assert set(counts) == {most, epoch % most or most} - ({most} if epoch < most else set())
+    assert counts == counts[: len(counts) // 6] * 6
+    for done in range(len(counts)):
+        step = sum(counts[:done])
+        assert list(training._counts(step, 6 * epoch, [epoch, 2 * epoch], most)) == counts[done:]
+
+
+def test_the_last_checkpoint_is_complete_before_a_sigterm_may_end_the_process(
+    tmp_path, monkeypatch
+):
+    events = []
+
+    def noting(owner, name):
+        original = getattr(owner, name)
+
+        def noted(*args, **kwargs):
+            result = original(*args, **kwargs)
+            events.append(name)
+            return result
+
+        monkeypatch.setattr(owner, name, noted)
+
+    noting(training.Checkpoints, "save")
+    noting(training.Checkpoints, "wait")
+    noting(training.Preemption, "__exit__")
+    training.train(tiny(train__epochs=1.0), tmp_path)
+    assert events[: events.index("__exit__")][-2:] == ["save", "wait"]
