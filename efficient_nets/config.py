@@ -29,6 +29,7 @@ NOT_NUMERIC = (
     "data.workers",
     "data.memory_limit_gib",
     "checkpoint.keep",
+    "evaluate.batch_size",
 )
 
 
@@ -87,11 +88,16 @@ def defaults() -> ConfigDict:
             epochs=1.0,
             batch_size=128,  # over all devices
             label_smoothing=0.0,
-            ema=0.0,  # decay of the moving average of weights that is evaluated; 0: none
+            ema=0.0,  # decay of the moving average of the net that is evaluated; 0: none
             steps_per_dispatch=0,  # 0: 16 on an accelerator with data on the device, else 1
         )
     )
-    config.evaluate = ConfigDict(dict(batch_size=500, every_epochs=1.0))
+    config.evaluate = ConfigDict(
+        dict(
+            batch_size=500,  # over all devices; rounded up to what they divide
+            every_epochs=1.0,
+        )
+    )
     config.checkpoint = ConfigDict(
         dict(
             every_epochs=1.0,

@@ -20,30 +20,31 @@ class Evaluator:
         self._experiment = experiment
         self._source = getattr(experiment.dataset, split)
         self._resident = put_resident(experiment, split)
-        self._step = jax.jit(functools.partial(_step, experiment), donate_argnums=3)
+        self._step = jax.jit(functools.partial(_step, experiment), donate_argnums=2)
 
     def __call__(self, state: TrainState) -> dict[str, float]:
-        """`{'<split>/loss': x, '<split>/accuracy': y}`, of the averaged weights if any."""
-        weights = state.ema or state.params
+        """`{'<split>/loss': x, '<split>/accuracy': y}`, of the averaged net if there is one."""
+        net = state.ema or {"params": state.params, "stats": state.stats}
         scores = sharding.put_replicated(
             jax.device_get(self._experiment.task.empty_scores()), self._experiment.mesh
         )
         for batch in self._batches():
-            scores = self._step(weights, state.stats, batch, scores, self._resident)
+            scores = self._step(net, batch, scores, self._resident)
         return {f"{self.split}/{k}": v for k, v in classification.summarise(scores).items()}
 
     def _batches(self) -> Iterator[dict]:
-        size = self._experiment.config.evaluate.batch_size
+        mesh = self._experiment.mesh
+        size = sharding.round_up(self._experiment.config.evaluate.batch_size, mesh)
         batches = data.eval_batches(self._source, size, rows=sharding.process_rows(size))
         total = -(-len(self._source) // size)
         hidden = jax.process_index() > 0
         for batch in tqdm(batches, self.split, total, leave=False, delay=5, disable=hidden):
-            yield sharding.put_batch(batch, self._experiment.mesh)
+            yield sharding.put_batch(batch, mesh)
 
 
-def _step(experiment: Experiment, params, stats, batch, scores, resident):
+def _step(experiment: Experiment, net, batch, scores, resident):
     batch = data.gather(resident, batch)
-    model = nnx.merge(experiment.graph, params, stats)
+    model = nnx.merge(experiment.graph, net["params"], net["stats"])
     model.eval()
     logits = model(data.normalise(batch["image"], experiment.dataset.info))
     new = experiment.task.scores(logits, batch["label"], batch["weight"])

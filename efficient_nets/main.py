@@ -33,7 +33,7 @@ def _run(config, workdir: pathlib.Path) -> None:
         info = data.describe(config.data)
         workdirs.write_summary(workdir, experiment.abstract_model(config, info), info)
     elif MODE.value == "eval":
-        run = experiment.build(config, data.load(config.data))
+        run = experiment.build(config, data.load(config.data), training=False)
         folder = pathlib.Path(CHECKPOINT.value or workdir)
         state = workdirs.restore_for_evaluation(run, folder, STEP.value)
         step = int(state.step)

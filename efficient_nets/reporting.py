@@ -16,7 +16,7 @@ from efficient_nets.errors import TrainingDiverged
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one object a line, `step` and names such as `train/loss`.
+    """`metrics.jsonl`: one object a line, `step` and names such as `train/loss`; null is no number.
 
     On resuming, lines of steps after the restored one are cut off: they will be written again.
     """
@@ -29,7 +29,7 @@ class MetricsFile:
         self._file = path.open("a", buffering=1)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        self._file.write(json.dumps({"step": step, **_plain(scalars)}) + "\n")
 
     def close(self) -> None:
         self._file.close()
@@ -109,15 +109,17 @@ def evaluation_line(epoch: float, step: int, scalars: Mapping[str, float]) -> st
 def write_json(path: pathlib.Path, value: Mapping) -> None:
     """Written whole or not at all; NaN becomes null, which JSON can hold."""
     temporary = path.with_name(path.name + ".tmp")
-    plain = {key: _finite(item) for key, item in value.items()}
-    temporary.write_text(json.dumps(plain, indent=2) + "\n")
+    temporary.write_text(json.dumps(_plain(value), indent=2) + "\n")
     temporary.replace(path)
 
 
-def _finite(value):
-    if isinstance(value, float | np.floating):
-        return float(value) if math.isfinite(value) else None
-    return value
+def _plain(record: Mapping) -> dict:
+    def finite(value):
+        if isinstance(value, float | np.floating):
+            return float(value) if math.isfinite(value) else None
+        return value
+
+    return {key: finite(value) for key, value in record.items()}
 
 
 class Meter:

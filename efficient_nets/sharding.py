@@ -64,6 +64,11 @@ def check_batch(field: str, batch_size: int, mesh: Mesh) -> None:
         )
 
 
+def round_up(batch_size: int, mesh: Mesh) -> int:
+    """The nearest size from `batch_size` on that the devices divide."""
+    return -(-batch_size // mesh.size) * mesh.size
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 

@@ -60,8 +60,9 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     evaluation = evaluators(run)
     with contextlib.closing(checkpoints), contextlib.closing(reporter):
         with _explaining_divergence(checkpoints):
-            state, meta = _loop(run, state, meta, evaluation, checkpoints, reporter)
-        result = evaluate_all(evaluation, state) | _result(run, state, meta, costs)
+            state, meta, scores = _loop(run, state, meta, evaluation, checkpoints, reporter)
+        scores |= evaluate_all(evaluation[1:] if scores else evaluation, state)
+        result = scores | _result(run, state, meta, costs)
     workdirs.write_result(workdir, result)
     return result
 
@@ -79,8 +80,13 @@ def _start(run: Experiment, checkpoints: Checkpoints) -> tuple[TrainState, dict]
 
 
 def _loop(run: Experiment, state, meta, evaluation, checkpoints, reporter):
-    """Trains to the end; returns the last state and the meta data of its checkpoint."""
-    config, step = run.config, int(state.step)
+    """Trains to the end.
+
+    Returns:
+      The last state, the meta data of its checkpoint, and its scores on the first split; none where
+      there was nothing left to train.
+    """
+    config, step, scores = run.config, int(state.step), {}
     resident = put_resident(run, "train")
     step_fn = jax.jit(
         functools.partial(train_steps, run), static_argnames="count", donate_argnums=0
@@ -109,7 +115,7 @@ def _loop(run: Experiment, state, meta, evaluation, checkpoints, reporter):
                 reporter.line(f"Stopped by SIGTERM; saved step {step}. The same command goes on.")
                 preemption.exit()
         checkpoints.wait()  # while SIGTERM cannot end the process yet
-    return state, meta
+    return state, meta, scores
 
 
 def train_steps(run: Experiment, state: TrainState, batch, resident, *, count: int):
@@ -155,7 +161,7 @@ def train_step(run: Experiment, state: TrainState, batch: dict, resident: dict |
         params=params,
         stats=stats,
         optimizer=optimizer,
-        ema=_moved(run, state, params),
+        ema=_moved(run, state, params, stats),
     ), metrics
 
 
@@ -163,13 +169,18 @@ def _stats(model: nnx.Module):
     return nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
 
 
-def _moved(run: Experiment, state: TrainState, params):
+def _moved(run: Experiment, state: TrainState, params, stats):
+    """The moving average, a step on; what is not of a float type, as counts, stays the net's."""
     decay = run.config.train.ema
     if not decay:
         return {}
     moves = optim.is_update(state.step, run.config.optimizer.accumulate)
     keep = jnp.where(moves, decay, 1.0).astype(jnp.float32)
-    return jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, state.ema, params)
+
+    def move(old, new):
+        return keep * old + (1 - keep) * new if jnp.issubdtype(new.dtype, jnp.floating) else new
+
+    return jax.tree.map(move, state.ema, {"params": params, "stats": stats})
 
 
 def _dispatches(run: Experiment, step: int, on_device: bool):

@@ -9,15 +9,14 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import logging
 from flax import nnx
 from ml_collections import ConfigDict
 
-from efficient_nets import analysis, checkpoint, data, reporting
+from efficient_nets import analysis, checkpoint, data, paths, reporting
 from efficient_nets import config as configs
 from efficient_nets.errors import UserError
-from efficient_nets.experiment import Experiment, TrainState
+from efficient_nets.experiment import Experiment, TrainState, average_from
 
 
 def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
@@ -81,19 +80,24 @@ def write_eval(workdir: pathlib.Path, result: dict[str, Any]) -> None:
 
 
 def warm_start(run: Experiment, state: TrainState) -> TrainState:
-    """The state with the weights of `config.checkpoint.init_from` where path and shape match."""
-    like = {"params": state.params, "stats": state.stats}
+    """The state with the net of `config.checkpoint.init_from` where path and shape match.
+
+    Where that run kept an average, it is the averaged net, whose accuracy the run reported.
+    """
+    net = {"params": state.params, "stats": state.stats}
     folder = checkpoints_of(pathlib.Path(run.config.checkpoint.init_from))
-    found, left, step = checkpoint.restore_params(folder, like, partial=True)
+    found, left, step = checkpoint.restore_params(folder, net | {"ema": net}, partial=True)
+    averaged = any(path not in left for path in paths.named_leaves({"ema": net}))
     logging.info("Starts from step %d of %s.", step, folder)
     for path, reason in left.items():
-        logging.warning("%s %s: it starts fresh", path, reason)
-    ema = jax.tree.map(jnp.copy, found["params"]) if run.config.train.ema else {}
-    return state._replace(params=found["params"], stats=found["stats"], ema=ema)
+        if path.startswith("ema/") == averaged:
+            logging.warning("%s %s: it starts fresh", path.removeprefix("ema/"), reason)
+    net = found["ema"] if averaged else {name: found[name] for name in net}
+    return state._replace(**net, ema=average_from(run.config, **net))
 
 
 def restore_for_evaluation(run: Experiment, folder: pathlib.Path, which: str) -> TrainState:
-    """What evaluation needs of a saved state: weights (averaged ones if kept) and statistics.
+    """What evaluation needs of a saved state: the net, and the averaged one if it is kept.
 
     Args:
       folder: A workdir, or the checkpoints folder in one.

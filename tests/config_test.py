@@ -76,6 +76,7 @@ def test_fingerprint_follows_what_is_computed_and_nothing_else():
     config.log.every_steps += 1
     config.data.workers += 1
     config.checkpoint.keep += 1
+    config.evaluate.batch_size += 1
     assert configs.fingerprint(config) == first
     config.seed += 1
     assert configs.fingerprint(config) != first
