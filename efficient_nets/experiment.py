@@ -113,6 +113,12 @@ def build(config: ConfigDict, dataset: data.Dataset, *, training: bool = True) -
             f"train.batch_size={config.train.batch_size}: the train split has only "
             f"{len(dataset.train)} samples"
         )
+    total_steps = max(round(config.train.epochs * epoch_steps), 1)
+    if config.optimizer.accumulate > total_steps:
+        raise UserError(
+            f"optimizer.accumulate={config.optimizer.accumulate}: the run has only "
+            f"{total_steps} steps, so that it would change nothing"
+        )
     graph, params, _ = nnx.split(abstract_model(config, dataset.info), nnx.Param, ...)
     updates = epoch_steps / config.optimizer.accumulate
     rate = optim.schedule(
@@ -120,7 +126,7 @@ def build(config: ConfigDict, dataset: data.Dataset, *, training: bool = True) -
     )
     optimizer = optim.optimizer(config.optimizer, rate, nnx.to_pure_dict(params))
     shapes = jax.eval_shape(functools.partial(_init, config, dataset.info, optimizer))
-    shardings = sharding.state_shardings(shapes, config.sharding.rules, mesh)
+    shardings = sharding.state_shardings(shapes, shapes.params, config.sharding.rules, mesh)
     abstract = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings
     )
@@ -134,7 +140,7 @@ def build(config: ConfigDict, dataset: data.Dataset, *, training: bool = True) -
         rate=rate,
         abstract=abstract,
         epoch_steps=epoch_steps,
-        total_steps=max(round(config.train.epochs * epoch_steps), 1),
+        total_steps=total_steps,
     )
 
 
