@@ -44,7 +44,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     configs.check(config)
     workdirs.claim(workdir, config)
     info = data.describe(config.data)
-    costs = workdirs.write_summary(workdir, experiment.abstract_model(config, info), info)
+    costs = workdirs.write_summary(workdir, config, experiment.abstract_model(config, info), info)
     dataset = data.load(config.data)
     run = experiment.build(config, dataset)
 
@@ -227,9 +227,10 @@ def _explaining_divergence(checkpoints: Checkpoints):
         checkpoints.wait()
         saved = checkpoints.steps()
         good = f"the last good checkpoint is step {saved[-1]}" if saved else "no checkpoint yet"
+        where = ", in a new --workdir as the config is another one" if saved else ""
         raise TrainingDiverged(
             f"{error}; {good}. Try a lower optimizer.learning_rate, schedule.warmup_epochs, or "
-            "optimizer.clip_norm"
+            f"optimizer.clip_norm{where}"
         ) from error
 
 

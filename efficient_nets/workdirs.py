@@ -6,6 +6,7 @@ result.json  (eval.json after --mode=eval)
 
 import os
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -19,19 +20,28 @@ from efficient_nets.errors import UserError
 from efficient_nets.experiment import Experiment, TrainState, average_from
 
 
+def default(config_file: str) -> str:
+    """`runs/qresnet-cifar100` of `configs/qresnet.py:cifar100`: no two arguments share a folder."""
+    file, _, argument = config_file.partition(":")
+    name = pathlib.Path(file).stem + (f"-{argument}" if argument else "")
+    return "runs/" + re.sub(r"[^\w.=-]", "_", name)
+
+
 def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
     """Makes the folder and writes config.json, or checks that the run in it is this config's.
+
+    An attempt that left neither a checkpoint nor a result is no run yet: another config may follow.
 
     Raises:
       UserError: if it holds another config's run (naming the fields), or cannot be written to.
     """
     path = workdir / "config.json"
-    if path.exists() and (workdir / "metrics.jsonl").exists():  # written when training starts
-        if differences := configs.differences(config, path.read_text()):
-            raise UserError(
-                f"workdir {workdir} holds a run of another config ({'; '.join(differences)}): "
-                "give another --workdir, or the same config"
-            )
+    saved = checkpoint.Checkpoints(workdir / "checkpoints", create=False).steps()
+    if (saved or (workdir / "result.json").exists()) and (found := _differences(workdir, config)):
+        raise UserError(
+            f"workdir {workdir} holds a run of another config ({'; '.join(found)}): "
+            "give another --workdir, or the same config"
+        )
     if jax.process_index() > 0:
         return
     try:
@@ -43,12 +53,26 @@ def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
         raise UserError(f"workdir {workdir} cannot be written to: {error}") from error
 
 
-def write_summary(workdir: pathlib.Path, model: nnx.Module, info: data.Info) -> dict[str, Any]:
-    """Prints the layer table; writes it and summary.json. Returns what summary.json holds."""
+def _differences(workdir: pathlib.Path, config: ConfigDict) -> list[str]:
+    path = workdir / "config.json"
+    return configs.differences(config, path.read_text()) if path.exists() else []
+
+
+def write_summary(
+    workdir: pathlib.Path, config: ConfigDict, model: nnx.Module, info: data.Info
+) -> dict[str, Any]:
+    """Prints the layer table; writes it and summary.json, but not over those of another config.
+
+    Returns:
+      What summary.json holds.
+    """
     table = analysis.layer_table(model, info.image_shape)
     summary = analysis.summary_dict(model, info.image_shape)
     if jax.process_index() == 0:
         print(table, flush=True)
+        if _differences(workdir, config):
+            print(f"not written to {workdir}: it is another config's; --workdir gives another")
+            return summary
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "summary.txt").write_text(table + "\n")
         reporting.write_json(workdir / "summary.json", summary)

@@ -198,6 +198,8 @@ def test_a_diverging_run_stops_says_the_step_and_saves_nothing_bad(tmp_path):
     with pytest.raises(TrainingDiverged, match="parameter_norm is inf at step 1; no checkpoint"):
         training.train(config, tmp_path)
     assert not training.Checkpoints(tmp_path / "checkpoints").steps()
+    training.train(tiny(train__epochs=0.2), tmp_path)  # the workdir is not that config's
+    assert [line["step"] for line in metrics(tmp_path)] == [1]
 
 
 def test_a_run_that_diverges_later_keeps_and_names_its_last_good_checkpoint(tmp_path):
