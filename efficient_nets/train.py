@@ -2,7 +2,8 @@
 
 A run is a function of its config: the batch of step s, its random numbers and its learning rate
 follow from s, so a run that is stopped anywhere and started again by the same command ends
-bit-equal to one that was not (on the same number of devices).
+bit-equal to one that was not (on the same number of devices; on GPUs, with the DETERMINISTIC=1 of
+launch/gpu.sh).
 """
 
 import contextlib
