@@ -18,5 +18,5 @@ def get_config(dataset: str = "mnist"):
     config.optimizer.weight_decay = 5e-4
     config.schedule.warmup_epochs = 0.5
     config.train.epochs = 10.0
-    config.train.batch_size = 100
+    config.train.batch_size = 128
     return config

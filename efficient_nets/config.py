@@ -13,6 +13,7 @@ A config file builds on `defaults()`:
 
 import hashlib
 import json
+import math
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -29,7 +30,37 @@ NOT_NUMERIC = (
     "data.workers",
     "data.memory_limit_gib",
     "checkpoint.keep",
+    "evaluate.batch_size",
 )
+
+
+# What numbers must be, how that is tested, and the fields that it is asked of. What depends on the
+# devices or the data is checked where these are known.
+BOUNDS = {
+    "above 0": (
+        lambda x: x > 0,
+        (
+            *("train.epochs", "train.batch_size", "evaluate.batch_size", "evaluate.every_epochs"),
+            *("checkpoint.every_epochs", "log.every_steps", "optimizer.learning_rate"),
+            "optimizer.epsilon",
+        ),
+    ),
+    "at least 1": (lambda x: x >= 1, ("checkpoint.keep", "optimizer.accumulate")),
+    "at least 0": (
+        lambda x: x >= 0,
+        (
+            *("seed", "train.steps_per_dispatch", "optimizer.clip_norm", "optimizer.weight_decay"),
+            *("schedule.warmup_epochs", "schedule.end_value"),
+        ),
+    ),
+    "at least 0 and below 1": (
+        lambda x: 0 <= x < 1,
+        (
+            *("train.ema", "train.label_smoothing", "optimizer.momentum"),
+            *("optimizer.b1", "optimizer.b2"),
+        ),
+    ),
+}
 
 
 def model(name: str, **options) -> ConfigDict:
@@ -87,11 +118,16 @@ def defaults() -> ConfigDict:
             epochs=1.0,
             batch_size=128,  # over all devices
             label_smoothing=0.0,
-            ema=0.0,  # decay of the moving average of weights that is evaluated; 0: none
+            ema=0.0,  # decay of the moving average of the net that is evaluated; 0: none
             steps_per_dispatch=0,  # 0: 16 on an accelerator with data on the device, else 1
         )
     )
-    config.evaluate = ConfigDict(dict(batch_size=500, every_epochs=1.0))
+    config.evaluate = ConfigDict(
+        dict(
+            batch_size=500,  # over all devices; rounded up to what they divide
+            every_epochs=1.0,
+        )
+    )
     config.checkpoint = ConfigDict(
         dict(
             every_epochs=1.0,
@@ -103,7 +139,7 @@ def defaults() -> ConfigDict:
     config.sharding = ConfigDict(
         dict(
             fsdp=1,  # devices over which matching parameters are cut; the rest are data parallel
-            rules=(dict(match="kernel", shard="fsdp"),),  # shard: 'fsdp' or 'replicate'
+            rules=tuple(map(dict, sharding.DEFAULT_RULES)),  # match, shard: 'fsdp' or 'replicate'
         )
     )
     config.log = ConfigDict(
@@ -123,28 +159,19 @@ def check(config: ConfigDict) -> None:
     names.pick("model.name", name, models.MODELS)
     reference.model = model(name)
     _check_section("config", config.to_dict(), reference.to_dict())
-    for field in ("train.epochs", "train.batch_size", "evaluate.batch_size", "log.every_steps"):
-        _check_positive(config, field)
-    for field in ("evaluate.every_epochs", "checkpoint.every_epochs", "optimizer.accumulate"):
-        _check_positive(config, field)
-    for field, highest in (("train.ema", 1.0), ("train.label_smoothing", 1.0)):
-        section, key = field.split(".")
-        if not 0 <= config[section][key] < highest:
-            raise UserError(
-                f"{field}={config[section][key]}: allowed 0 up to, not including, {highest}"
-            )
+    fields = _flatten(config.to_dict())
+    for allowed, (holds, bounded) in BOUNDS.items():
+        for field in bounded:
+            if not (holds(fields[field]) and math.isfinite(fields[field])):
+                raise UserError(f"{field}={fields[field]}: must be {allowed} and finite")
+    names.local_folder("checkpoint.init_from", config.checkpoint.init_from)
+    names.local_folder("checkpoint.convert_from", config.checkpoint.convert_from)
     if config.checkpoint.init_from and config.checkpoint.convert_from:
         raise UserError("checkpoint.init_from and checkpoint.convert_from: give one of the two")
     names.pick("dtype", config.dtype, {"float32": None, "bfloat16": None})
     paths.check_rules("layers", config.layers, rules.FIELDS)
     paths.check_rules("optimizer.rules", config.optimizer.rules, optim.RULE_FIELDS)
     paths.check_rules("sharding.rules", config.sharding.rules, sharding.RULE_FIELDS)
-
-
-def _check_positive(config: ConfigDict, field: str) -> None:
-    section, key = field.split(".")
-    if not config[section][key] > 0:
-        raise UserError(f"{field}={config[section][key]}: must be above 0")
 
 
 def _check_section(path: str, given: dict, reference: dict) -> None:

@@ -7,12 +7,10 @@ it by this config's rules: a linear net starts quadratic with `start='relinear'`
 import pathlib
 
 import jax
-import jax.numpy as jnp
-from absl import logging
 from flax import nnx
 
-from efficient_nets import checkpoint, experiment, layers, sharding, workdirs
 from efficient_nets import config as configs
+from efficient_nets import experiment, layers, sharding, workdirs
 from efficient_nets.errors import UserError
 from efficient_nets.experiment import Experiment, TrainState
 
@@ -33,8 +31,10 @@ def converted_start(run: Experiment, state: TrainState) -> TrainState:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
         {"params": nnx.to_pure_dict(params), "stats": nnx.to_pure_dict(stats)},
     )
-    found, _, step = checkpoint.restore_params(workdirs.checkpoints_of(folder), like)
-    logging.info("Converts the net of step %d of %s.", step, folder)
+    found, left = workdirs.restore_net(folder, like)
+    if left:
+        few = "; ".join(f"{path} {reason}" for path, reason in list(left.items())[:5])
+        raise UserError(f"{field}={folder} holds another net ({len(left)} leaves): {few}")
 
     def convert(found):
         model = nnx.merge(graph, found["params"], found["stats"])
@@ -45,7 +45,7 @@ def converted_start(run: Experiment, state: TrainState) -> TrainState:
 
     shardings = jax.tree.map(lambda x: x.sharding, (run.abstract.params, run.abstract.stats))
     params, stats = jax.jit(convert, out_shardings=shardings)(found)
-    ema = jax.tree.map(jnp.copy, params) if run.config.train.ema else {}
+    ema = experiment.average_from(run.config, params, stats)
     return state._replace(params=params, stats=stats, ema=ema)
 
 

@@ -1,13 +1,15 @@
 """Accuracy of a train state over a whole split: every sample once, none augmented."""
 
 import functools
+import pathlib
 from collections.abc import Iterator
 
 import jax
 from flax import nnx
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from efficient_nets import data, sharding
+from efficient_nets import data, experiment, reporting, sharding, workdirs
 from efficient_nets.experiment import Experiment, TrainState
 from efficient_nets.tasks import classification
 
@@ -15,45 +17,62 @@ from efficient_nets.tasks import classification
 class Evaluator:
     """Evaluates one split. Compiled once; a split that fits lies on the devices."""
 
-    def __init__(self, experiment: Experiment, split: str):
+    def __init__(self, run: Experiment, split: str):
         self.split = split
-        self._experiment = experiment
-        self._source = getattr(experiment.dataset, split)
-        self._resident = put_resident(experiment, split)
-        self._step = jax.jit(functools.partial(_step, experiment), donate_argnums=3)
+        self._run = run
+        self._source = getattr(run.dataset, split)
+        self._resident = put_resident(run, split)
+        self._step = jax.jit(functools.partial(_step, run), donate_argnums=2)
 
     def __call__(self, state: TrainState) -> dict[str, float]:
-        """`{'<split>/loss': x, '<split>/accuracy': y}`, of the averaged weights if any."""
-        weights = state.ema or state.params
+        """`{'<split>/loss': x, '<split>/accuracy': y}`, of the averaged net if there is one."""
+        net = state.ema or {"params": state.params, "stats": state.stats}
         scores = sharding.put_replicated(
-            jax.device_get(self._experiment.task.empty_scores()), self._experiment.mesh
+            jax.device_get(self._run.task.empty_scores()), self._run.mesh
         )
         for batch in self._batches():
-            scores = self._step(weights, state.stats, batch, scores, self._resident)
+            scores = self._step(net, batch, scores, self._resident)
         return {f"{self.split}/{k}": v for k, v in classification.summarise(scores).items()}
 
     def _batches(self) -> Iterator[dict]:
-        size = self._experiment.config.evaluate.batch_size
+        mesh = self._run.mesh
+        size = sharding.round_up(self._run.config.evaluate.batch_size, mesh)
         batches = data.eval_batches(self._source, size, rows=sharding.process_rows(size))
         total = -(-len(self._source) // size)
         hidden = jax.process_index() > 0
         for batch in tqdm(batches, self.split, total, leave=False, delay=5, disable=hidden):
-            yield sharding.put_batch(batch, self._experiment.mesh)
+            yield sharding.put_batch(batch, mesh)
 
 
-def _step(experiment: Experiment, params, stats, batch, scores, resident):
+def evaluate(config: ConfigDict, workdir: pathlib.Path, folder: pathlib.Path, which: str) -> None:
+    """Evaluates a saved state on all splits, on any number of devices; prints, writes eval.json.
+
+    Args:
+      workdir: Where eval.json goes.
+      folder, which: The checkpoint, as of `workdirs.restore_for_evaluation`.
+    """
+    run = experiment.build(config, data.load(config.data), training=False)
+    state = workdirs.restore_for_evaluation(run, folder, which)
+    step = int(state.step)
+    scores = evaluate_all(evaluators(run), state)
+    if jax.process_index() == 0:
+        print(reporting.evaluation_line(step / run.epoch_steps, step, scores))
+    workdirs.write_eval(workdir, {"step": step, "checkpoint": str(folder)} | scores)
+
+
+def _step(run: Experiment, net, batch, scores, resident):
     batch = data.gather(resident, batch)
-    model = nnx.merge(experiment.graph, params, stats)
+    model = nnx.merge(run.graph, net["params"], net["stats"])
     model.eval()
-    logits = model(data.normalise(batch["image"], experiment.dataset.info))
-    new = experiment.task.scores(logits, batch["label"], batch["weight"])
+    logits = model(data.normalise(batch["image"], run.dataset.info))
+    new = run.task.scores(logits, batch["label"], batch["weight"])
     return scores.merge(new)
 
 
-def put_resident(experiment: Experiment, split: str) -> dict | None:
+def put_resident(run: Experiment, split: str) -> dict | None:
     """A split's uint8 arrays on every device, or None where it streams."""
-    resident = getattr(experiment.dataset, split).resident
-    return None if resident is None else sharding.put_replicated(resident, experiment.mesh)
+    resident = getattr(run.dataset, split).resident
+    return None if resident is None else sharding.put_replicated(resident, run.mesh)
 
 
 def evaluators(run: Experiment) -> list[Evaluator]:

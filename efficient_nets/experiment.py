@@ -26,7 +26,7 @@ class TrainState(NamedTuple):
       params: Parameters.
       stats: The model's other state: running averages.
       optimizer: State of the optax chain.
-      ema: Moving average of `params`, or an empty dict.
+      ema: Moving averages of `params` and `stats`, under these names, or an empty dict.
     """
 
     step: Array
@@ -97,16 +97,19 @@ def abstract_model(config: ConfigDict, info: data.Info) -> nnx.Module:
     return nnx.eval_shape(lambda: build_model(config, info, jax.random.key(config.seed)))
 
 
-def build(config: ConfigDict, dataset: data.Dataset) -> Experiment:
+def build(config: ConfigDict, dataset: data.Dataset, *, training: bool = True) -> Experiment:
     """Checks the config against data and devices and puts the experiment together.
+
+    Args:
+      training: False is for evaluation alone, where any number of devices will do.
 
     Raises:
       UserError: naming the field that does not fit.
     """
     configs.check(config)
     mesh = sharding.make_mesh(config.sharding.fsdp)
-    sharding.check_batch("train.batch_size", config.train.batch_size, mesh)
-    sharding.check_batch("evaluate.batch_size", config.evaluate.batch_size, mesh)
+    if training:
+        sharding.check_batch("train.batch_size", config.train.batch_size, mesh)
     if dataset.train is None:
         raise UserError("data.train='': an experiment needs a split to train on")
     epoch_steps = len(dataset.train) // config.train.batch_size
@@ -115,6 +118,12 @@ def build(config: ConfigDict, dataset: data.Dataset) -> Experiment:
             f"train.batch_size={config.train.batch_size}: the train split has only "
             f"{len(dataset.train)} samples"
         )
+    total_steps = max(round(config.train.epochs * epoch_steps), 1)
+    if config.optimizer.accumulate > total_steps:
+        raise UserError(
+            f"optimizer.accumulate={config.optimizer.accumulate}: the run has only "
+            f"{total_steps} steps, so that it would change nothing"
+        )
     graph, params, _ = nnx.split(abstract_model(config, dataset.info), nnx.Param, ...)
     updates = epoch_steps / config.optimizer.accumulate
     rate = optim.schedule(
@@ -122,7 +131,7 @@ def build(config: ConfigDict, dataset: data.Dataset) -> Experiment:
     )
     optimizer = optim.optimizer(config.optimizer, rate, nnx.to_pure_dict(params))
     shapes = jax.eval_shape(functools.partial(_init, config, dataset.info, optimizer))
-    shardings = sharding.state_shardings(shapes, config.sharding.rules, mesh)
+    shardings = sharding.state_shardings(shapes, shapes.params, config.sharding.rules, mesh)
     abstract = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings
     )
@@ -136,7 +145,7 @@ def build(config: ConfigDict, dataset: data.Dataset) -> Experiment:
         rate=rate,
         abstract=abstract,
         epoch_steps=epoch_steps,
-        total_steps=max(round(config.train.epochs * epoch_steps), 1),
+        total_steps=total_steps,
     )
 
 
@@ -151,6 +160,13 @@ def _run_once() -> dict:
     return {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
+def average_from(config: ConfigDict, params, stats) -> dict:
+    """The moving average where it begins; empty where the config has none."""
+    if not config.train.ema:
+        return {}
+    return jax.tree.map(jnp.copy, {"params": params, "stats": stats})
+
+
 def _init(config: ConfigDict, info: data.Info, optimizer) -> TrainState:
     model_key, run_key = jax.random.split(jax.random.key(config.seed))
     _, params, stats = nnx.split(build_model(config, info, model_key), nnx.Param, ...)
@@ -161,5 +177,5 @@ def _init(config: ConfigDict, info: data.Info, optimizer) -> TrainState:
         params=params,
         stats=stats,
         optimizer=optimizer.init(params),
-        ema=jax.tree.map(jnp.copy, params) if config.train.ema else {},
+        ema=average_from(config, params, stats),
     )

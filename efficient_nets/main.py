@@ -8,8 +8,9 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from efficient_nets import config as configs
-from efficient_nets import data, errors, evaluation, experiment, reporting, sharding, workdirs
+from efficient_nets import data, errors, experiment, names, sharding, workdirs
 from efficient_nets.errors import TrainingDiverged, UserError
+from efficient_nets.evaluation import evaluate
 from efficient_nets.train import train
 
 FLAGS = flags.FLAGS
@@ -20,7 +21,7 @@ CONFIG = config_flags.DEFINE_config_file(
     lock_config=False,
     accept_new_attributes=True,  # configs.check refuses them, and names the nearest one
 )
-WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run, else runs/<config's name>.")
+WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run, else runs/NAME[-ARGUMENT].")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "summary"], "What to do.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", "", "eval: the workdir to restore from.")
 STEP = flags.DEFINE_string("step", "newest", "eval: newest, best, or a step.")
@@ -28,18 +29,16 @@ DISTRIBUTED = flags.DEFINE_boolean("distributed", False, "One of several process
 
 
 def _run(config, workdir: pathlib.Path) -> None:
+    for flag in CHECKPOINT, STEP:
+        if flag.present and MODE.value != "eval":
+            raise UserError(f"--{flag.name}={flag.value}: only --mode=eval takes it")
     configs.check(config)
     if MODE.value == "summary":
         info = data.describe(config.data)
-        workdirs.write_summary(workdir, experiment.abstract_model(config, info), info)
+        workdirs.write_summary(workdir, config, experiment.abstract_model(config, info), info)
     elif MODE.value == "eval":
-        run = experiment.build(config, data.load(config.data))
-        folder = pathlib.Path(CHECKPOINT.value or workdir)
-        state = workdirs.restore_for_evaluation(run, folder, STEP.value)
-        step = int(state.step)
-        scores = evaluation.evaluate_all(evaluation.evaluators(run), state)
-        print(reporting.evaluation_line(step / run.epoch_steps, step, scores))
-        workdirs.write_eval(workdir, {"step": step, "checkpoint": str(folder)} | scores)
+        folder = names.local_folder("--checkpoint", CHECKPOINT.value or str(workdir))
+        evaluate(config, workdir, folder, STEP.value)
     else:
         train(config, workdir)
 
@@ -47,13 +46,14 @@ def _run(config, workdir: pathlib.Path) -> None:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         _fail(f"unknown argument {argv[1]!r}")
-    path = pathlib.Path(FLAGS["config"].config_filename.partition(":")[0])
-    if not path.is_file():
-        _fail(f"--config={path}: there is no such file")
+    file = FLAGS["config"].config_filename
+    if not pathlib.Path(file.partition(":")[0]).is_file():
+        _fail(f"--config={file}: there is no such file")
     try:
         if DISTRIBUTED.value:
             sharding.join_processes()
-        _run(CONFIG.value, pathlib.Path(WORKDIR.value or f"runs/{path.stem}"))
+        workdir = names.local_folder("--workdir", WORKDIR.value or workdirs.default(file))
+        _run(CONFIG.value, workdir)
     except (UserError, TrainingDiverged, OSError) as error:
         logging.debug("", exc_info=True)
         _fail(error)

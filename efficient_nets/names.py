@@ -1,6 +1,7 @@
 """Errors for names that a person types: what was given, what is allowed, what may be meant."""
 
 import difflib
+import pathlib
 from collections.abc import Iterable
 
 from efficient_nets.errors import UserError
@@ -22,6 +23,20 @@ def pick(field: str, name: str, table: dict):
         allowed = ", ".join(sorted(table))
         raise UserError(f"{field}={name!r} is not known: allowed {allowed}{nearest(name, table)}")
     return table[name]
+
+
+def local_folder(field: str, folder: str) -> pathlib.Path:
+    """The folder as a path, which would make `gs:/x` of `gs://x`.
+
+    Raises:
+      UserError: on an address such as `gs://...`.
+    """
+    if "://" in folder:
+        raise UserError(
+            f"{field}={folder!r}: only folders of this machine, or mounted on it (as gcsfuse "
+            "mounts a bucket), are allowed"
+        )
+    return pathlib.Path(folder)
 
 
 def check_fields(field: str, given: Iterable[str], allowed: Iterable[str]) -> None:

@@ -25,6 +25,11 @@ def schedule(config: ConfigDict, learning_rate: float, epochs: float, per_epoch:
       epochs: Length of the run; warm-up included.
       per_epoch: Updates an epoch.
     """
+    if config.milestones and config.name != "multistep":
+        raise UserError(
+            f"schedule.milestones={tuple(config.milestones)}: {config.name} has none; "
+            "use schedule.name='multistep', or leave them ()"
+        )
     warmup = round(config.warmup_epochs * per_epoch)
     total = max(round(epochs * per_epoch), 1)
     if warmup >= total and warmup:
@@ -125,9 +130,15 @@ def optimizer(config: ConfigDict, rate: Schedule, params: Any) -> optax.Gradient
       params: Parameters or their shapes, for their paths.
 
     Raises:
-      UserError: on an unknown name, or a rule that matches no parameter.
+      UserError: on an unknown name, a rule that matches no parameter, or Nesterov's momentum where
+        there is none.
     """
     make = names.pick("optimizer.name", config.name, OPTIMIZERS)
+    if config.nesterov and not (config.name == "sgd" and config.momentum):
+        raise UserError(
+            f"optimizer.nesterov=True: it needs optimizer.name='sgd', here {config.name!r}, "
+            f"and optimizer.momentum above 0, here {config.momentum}"
+        )
     rules = [dict(rule) for rule in config.rules]
     if missing := paths.unmatched(rules, params):
         raise UserError(

@@ -13,6 +13,7 @@ class Preemption:
     def __init__(self):
         self._signalled = False
         self._before = None
+        self._calls = 0
 
     def __enter__(self) -> "Preemption":
         if jax.process_count() == 1:
@@ -26,11 +27,15 @@ class Preemption:
     def _take(self, *_) -> None:
         self._signalled = True
 
-    def reached(self, step: int) -> bool:
-        """Whether to stop after this step; the same answer on every process."""
+    def reached(self) -> bool:
+        """Whether to stop here; the same answer on every process. Called after every dispatch."""
         if jax.process_count() == 1:
             return self._signalled
-        return multihost_utils.reached_preemption_sync_point(step)
+        # JAX agrees on the highest number that a process has given it, 0 at the start, plus one,
+        # and is true at that number alone: steps, of which a dispatch or a resumed run skips some,
+        # could miss it.
+        self._calls += 1
+        return multihost_utils.reached_preemption_sync_point(self._calls)
 
     def exit(self) -> None:
         """Ends with the status that SIGTERM gives, so that schedulers start the job again."""

@@ -1,6 +1,7 @@
 """What a person and a script see of a run: progress bar, metrics.jsonl, TensorBoard."""
 
 import contextlib
+import errno
 import json
 import math
 import pathlib
@@ -16,23 +17,35 @@ from efficient_nets.errors import TrainingDiverged
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one object a line, `step` and names such as `train/loss`.
+    """`metrics.jsonl`: one object a line, `step` and names such as `train/loss`; null is no number.
 
     On resuming, lines of steps after the restored one are cut off: they will be written again.
     """
 
     def __init__(self, path: pathlib.Path, first_step: int):
-        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= first_step]
+        lines = _complete_lines(path) if first_step else []
+        kept = [line for line in lines if json.loads(line)["step"] <= first_step]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(line + "\n" for line in kept))
         temporary.replace(path)
-        self._file = path.open("a", buffering=1)
+        self._path, self._file = path, path.open("a", buffering=1)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        with _naming(self._path):
+            self._file.write(json.dumps({"step": step, **_plain(scalars)}) + "\n")
 
     def close(self) -> None:
-        self._file.close()
+        with _naming(self._path):
+            self._file.close()
+
+
+@contextlib.contextmanager
+def _naming(path: pathlib.Path):
+    """Errors of writing, which do not say where."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _complete_lines(path: pathlib.Path) -> list[str]:
@@ -56,12 +69,15 @@ class Reporter:
     ):
         self.active = jax.process_index() == 0
         self._file = self._board = None
+        self._board_folder = workdir / "tensorboard"
         if self.active:
             self._file = MetricsFile(workdir / "metrics.jsonl", first_step)
         if self.active and tensorboard:
             from tensorboardX import SummaryWriter  # slow to import
 
-            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+            self._board = SummaryWriter(  # with a queue long enough that nothing waits for it
+                str(self._board_folder), purge_step=first_step + 1, max_queue=1000
+            )
         quiet = not sys.stderr.isatty()
         self.bar = tqdm(
             initial=first_step,
@@ -73,15 +89,24 @@ class Reporter:
         )
 
     def advance(self, steps: int, images_per_second: float, loss: float) -> None:
-        self.bar.set_postfix_str(
-            f"{images_per_second:,.0f} images/s, loss {loss:.4f}", refresh=False
-        )
+        rate = f"{images_per_second:,.0f} images/s, " if images_per_second else ""
+        self.bar.set_postfix_str(f"{rate}loss {loss:.4f}", refresh=False)
         self.bar.update(steps)
+
+    def leave_out(self, seconds: float) -> None:
+        """Time that does not count towards the bar's rate and the time left."""
+        if not self.bar.disable:
+            self.bar.start_t += seconds
+            self.bar.last_print_t += seconds
 
     def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         if self._file is not None:
             self._file.write(step, scalars)
         if self._board is not None:
+            # It writes in a thread, and goes on as if nothing were when that has died.
+            if not self._board.file_writer.event_writer._worker.is_alive():
+                message = "TensorBoard's writer has died; is the disk full?"
+                raise OSError(errno.EIO, message, str(self._board_folder))
             for name, value in scalars.items():
                 self._board.add_scalar(name, value, step)
 
@@ -90,11 +115,14 @@ class Reporter:
             self.bar.write(text, file=sys.stdout)
 
     def close(self) -> None:
-        self.bar.close()
-        if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
+        """Closes each part, also where another one fails."""
+        with contextlib.ExitStack() as stack:
+            if self._board is not None:
+                stack.enter_context(_naming(self._board_folder))
+                stack.callback(self._board.close)
+            if self._file is not None:
+                stack.callback(self._file.close)
+            stack.callback(self.bar.close)
 
 
 def evaluation_line(epoch: float, step: int, scalars: Mapping[str, float]) -> str:
@@ -109,8 +137,7 @@ def evaluation_line(epoch: float, step: int, scalars: Mapping[str, float]) -> st
 def write_json(path: pathlib.Path, value: Mapping) -> None:
     """Written whole or not at all; NaN becomes null, which JSON can hold."""
     temporary = path.with_name(path.name + ".tmp")
-    plain = {key: _finite(item) for key, item in value.items()}
-    temporary.write_text(json.dumps(plain, indent=2) + "\n")
+    temporary.write_text(json.dumps(_plain(value), indent=2) + "\n")
     temporary.replace(path)
 
 
@@ -126,10 +153,13 @@ def _where(values: Mapping[str, float]) -> str:
     return f", from layer {broken[0][1].partition('/')[0]} on" if broken else ""
 
 
-def _finite(value):
-    if isinstance(value, float | np.floating):
-        return float(value) if math.isfinite(value) else None
-    return value
+def _plain(record: Mapping) -> dict:
+    def finite(value):
+        if isinstance(value, float | np.floating):
+            return float(value) if math.isfinite(value) else None
+        return value
+
+    return {key: finite(value) for key, value in record.items()}
 
 
 class Meter:
@@ -175,6 +205,7 @@ class Meter:
             self._add(step + row + 1, {name: float(values[row]) for name, values in rows.items()})
         if self._rate_from is None:  # the first dispatch compiles
             self._rate_from = time.perf_counter()
+            self._reporter.leave_out(self._rate_from - self._start)
         else:
             self._rate_images += count * self._batch_size
         self._reporter.advance(count, self.images_per_second, float(rows["loss"][-1]))
@@ -204,7 +235,9 @@ class Meter:
         """Inside, time counts as the run's but not towards the rate."""
         begin = time.perf_counter()
         yield
-        self._rate_from += time.perf_counter() - begin
+        seconds = time.perf_counter() - begin
+        self._rate_from += seconds
+        self._reporter.leave_out(seconds)
 
     def meta(self) -> dict:
         """What a resumed run needs so that its metrics are those of one that was not stopped."""

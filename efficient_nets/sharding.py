@@ -6,7 +6,7 @@ a mean over the batch is then over the global batch, so batch norm does not depe
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from efficient_nets.errors import UserError
 
 BATCH_AXES = ("data", "fsdp")
 RULE_FIELDS = ("match", "shard")
+DEFAULT_RULES = (dict(match="kernel", shard="fsdp"),)
 
 
 def join_processes() -> None:
@@ -64,28 +65,51 @@ def check_batch(field: str, batch_size: int, mesh: Mesh) -> None:
         )
 
 
+def round_up(batch_size: int, mesh: Mesh) -> int:
+    """The nearest size from `batch_size` on that the devices divide."""
+    return -(-batch_size // mesh.size) * mesh.size
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def state_shardings(state: Any, rules: Sequence, mesh: Mesh) -> Any:
-    """A sharding for each leaf of a train state, by `config.sharding.rules` on its path.
+def state_shardings(state: Any, params: Any, rules: Sequence, mesh: Mesh) -> Any:
+    """A sharding for each leaf of a train state, by `config.sharding.rules` on parameter paths.
 
-    A leaf under `shard='fsdp'` is cut along its largest axis that the mesh divides, if any.
+    What the optimizer and the average keep of a parameter lies as it does. Under `shard='fsdp'` it
+    is cut along its largest axis that the mesh divides, if any; all else is on every device.
+
+    Raises:
+      UserError: on a rule that matches no parameter.
     """
     rules = [dict(rule) for rule in rules]
     for rule in rules:
         names.pick("sharding.rules.shard", rule.get("shard", ""), {"fsdp": 0, "replicate": 0})
-    size = mesh.shape["fsdp"]
+    parameters, size = paths.named_leaves(params), mesh.shape["fsdp"]
+    given = [rule for rule in rules if rule not in DEFAULT_RULES]
+    if missing := paths.unmatched(given, params):
+        raise UserError(
+            f"sharding.rules: {missing[0]!r} matches no parameter: {', '.join(parameters)}"
+        )
 
     def place(leaf: str, x: jax.ShapeDtypeStruct) -> NamedSharding:
+        parameter = _parameter_of(leaf, parameters)
         fits = [axis for axis, length in enumerate(x.shape) if length % size == 0]
-        if size == 1 or not fits or paths.lookup(rules, leaf, "shard", "replicate") != "fsdp":
+        cut = parameter and paths.lookup(rules, parameter, "shard", "replicate") == "fsdp"
+        if size == 1 or not fits or not cut:
             return replicated(mesh)
         axis = max(fits, key=lambda axis: x.shape[axis])
         return NamedSharding(mesh, P(*(None,) * axis, "fsdp"))
 
     return paths.map_named(place, state)
+
+
+def _parameter_of(leaf: str, parameters: Mapping) -> str | None:
+    """`stem/kernel` of `optimizer/1/0/trace/stem/kernel`: the parameter that a path ends in."""
+    parts = leaf.split("/")
+    endings = ("/".join(parts[start:]) for start in range(len(parts)))
+    return next((ending for ending in endings if ending in parameters), None)
 
 
 def process_rows(batch_size: int) -> slice:

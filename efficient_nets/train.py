@@ -2,13 +2,15 @@
 
 A run is a function of its config: the batch of step s, its random numbers and its learning rate
 follow from s, so a run that is stopped anywhere and started again by the same command ends
-bit-equal to one that was not (on the same number of devices).
+bit-equal to one that was not (on the same number of devices; on GPUs, with the DETERMINISTIC=1 of
+launch/gpu.sh).
 """
 
 import contextlib
 import functools
 import hashlib
 import pathlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -53,7 +55,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     configs.check(config)
     workdirs.claim(workdir, config)
     info = data.describe(config.data)
-    costs = workdirs.write_summary(workdir, experiment.abstract_model(config, info), info)
+    costs = workdirs.write_summary(workdir, config, experiment.abstract_model(config, info), info)
     dataset = data.load(config.data)
     run = experiment.build(config, dataset)
 
@@ -68,9 +70,14 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     )
     evaluation = evaluators(run)
     with contextlib.closing(checkpoints), contextlib.closing(reporter):
+        if not meta and (config.checkpoint.init_from or config.checkpoint.convert_from):
+            scores = evaluate_all(evaluation, state)  # of the net that training starts from
+            reporter.scalars(0, scores)
+            reporter.line(reporting.evaluation_line(0, 0, scores))
         with _explaining_divergence(checkpoints):
-            state, meta = _loop(run, state, meta, evaluation, checkpoints, reporter)
-        result = evaluate_all(evaluation, state) | _result(run, state, meta, costs)
+            state, meta, scores = _loop(run, state, meta, evaluation, checkpoints, reporter)
+        scores |= evaluate_all(evaluation[1:] if scores else evaluation, state)
+        result = scores | _result(run, state, meta, costs)
     workdirs.write_result(workdir, result)
     return result
 
@@ -90,15 +97,21 @@ def _start(run: Experiment, checkpoints: Checkpoints) -> tuple[TrainState, dict]
 
 
 def _loop(run: Experiment, state, meta, evaluation, checkpoints, reporter):
-    """Trains to the end; returns the last state and the meta data of its checkpoint."""
-    config, step = run.config, int(state.step)
+    """Trains to the end.
+
+    Returns:
+      The last state, the meta data of its checkpoint, and its scores on the first split; none where
+      there was nothing left to train.
+    """
+    config, step, scores = run.config, int(state.step), {}
     resident = put_resident(run, "train")
     step_fn = jax.jit(
         functools.partial(train_steps, run), static_argnames="count", donate_argnums=0
     )
     meter = reporting.Meter(meta, reporter, config.train.batch_size, config.log.every_steps)
-    with Preemption() as preemption:
-        for count, batch in _dispatches(run, step, on_device=resident is not None):
+    dispatches = _dispatches(run, step, on_device=resident is not None)
+    with Preemption() as preemption, contextlib.closing(dispatches):
+        for count, batch in dispatches:
             state, metrics = step_fn(state, batch, resident, count=count)
             meter.push(step, count, metrics)
             step += count
@@ -109,7 +122,7 @@ def _loop(run: Experiment, state, meta, evaluation, checkpoints, reporter):
                     scores = evaluate_all(evaluation[:1], state)
                 reporter.scalars(step, scores)
                 reporter.line(reporting.evaluation_line(step / run.epoch_steps, step, scores))
-            stop = preemption.reached(step)
+            stop = preemption.reached()
             if last or stop or step % run.steps(config.checkpoint.every_epochs) == 0:
                 meter.settle()  # raises if the state is not worth saving
                 meta = meter.meta()
@@ -118,7 +131,8 @@ def _loop(run: Experiment, state, meta, evaluation, checkpoints, reporter):
                 checkpoints.wait()
                 reporter.line(f"Stopped by SIGTERM; saved step {step}. The same command goes on.")
                 preemption.exit()
-    return state, meta
+        checkpoints.wait()  # while SIGTERM cannot end the process yet
+    return state, meta, scores
 
 
 def train_steps(run: Experiment, state: TrainState, batch, resident, *, count: int):
@@ -165,7 +179,7 @@ def train_step(run: Experiment, state: TrainState, batch: dict, resident: dict |
         params=params,
         stats=stats,
         optimizer=optimizer,
-        ema=_moved(run, state, params),
+        ema=_moved(run, state, params, stats),
     ), metrics
 
 
@@ -182,17 +196,22 @@ def _stats(model: nnx.Module):
     return nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
 
 
-def _moved(run: Experiment, state: TrainState, params):
+def _moved(run: Experiment, state: TrainState, params, stats):
+    """The moving average, a step on; what is not of a float type, as counts, stays the net's."""
     decay = run.config.train.ema
     if not decay:
         return {}
     moves = optim.is_update(state.step, run.config.optimizer.accumulate)
     keep = jnp.where(moves, decay, 1.0).astype(jnp.float32)
-    return jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, state.ema, params)
+
+    def move(old, new):
+        return keep * old + (1 - keep) * new if jnp.issubdtype(new.dtype, jnp.floating) else new
+
+    return jax.tree.map(move, state.ema, {"params": params, "stats": stats})
 
 
 def _dispatches(run: Experiment, step: int, on_device: bool):
-    """`(count, batch)` to the end of the run. The counts follow from the steps alone."""
+    """`(count, batch)` to the end of the run."""
     config = run.config
     size = config.train.batch_size
     most = config.train.steps_per_dispatch
@@ -206,12 +225,24 @@ def _dispatches(run: Experiment, step: int, on_device: bool):
         first_step=step,
         rows=sharding.process_rows(size),
     )
-    while step < run.total_steps:
-        boundary = min([run.total_steps, *(step - step % p + p for p in periods)])
-        count = min(most - step % most, boundary - step)
-        rows = [next(batches) for _ in range(count)]
-        batch = rows[0] if count == 1 else jax.tree.map(lambda *each: np.stack(each), *rows)
-        yield count, sharding.put_batch(batch, run.mesh, stacked=count > 1)
+    with contextlib.closing(batches):
+        for count in _counts(step, run.total_steps, periods, most):
+            rows = [next(batches) for _ in range(count)]
+            batch = rows[0] if count == 1 else jax.tree.map(lambda *each: np.stack(each), *rows)
+            yield count, sharding.put_batch(batch, run.mesh, stacked=count > 1)
+
+
+def _counts(step: int, total: int, periods: Sequence[int], most: int) -> Iterator[int]:
+    """Steps of each dispatch: at most `most`, and none goes beyond a multiple of a period.
+
+    They follow from the step alone, so that a resumed run makes the same ones. They are counted
+    from the last such multiple, so that each epoch has the same: every new count is compiled.
+    """
+    while step < total:
+        begin = max(step - step % period for period in periods)
+        end = min(total, *(step - step % period + period for period in periods))
+        count = min(most - (step - begin) % most, end - step)
+        yield count
         step += count
 
 
@@ -223,9 +254,10 @@ def _explaining_divergence(checkpoints: Checkpoints):
         checkpoints.wait()
         saved = checkpoints.steps()
         good = f"the last good checkpoint is step {saved[-1]}" if saved else "no checkpoint yet"
+        where = ", in a new --workdir as the config is another one" if saved else ""
         raise TrainingDiverged(
             f"{error}; {good}. Try a lower optimizer.learning_rate, schedule.warmup_epochs, or "
-            "optimizer.clip_norm"
+            f"optimizer.clip_norm{where}"
         ) from error
 
 

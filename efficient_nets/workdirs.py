@@ -6,33 +6,42 @@ result.json  (eval.json after --mode=eval)
 
 import os
 import pathlib
+import re
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import logging
 from flax import nnx
 from ml_collections import ConfigDict
 
-from efficient_nets import analysis, checkpoint, data, reporting
+from efficient_nets import analysis, checkpoint, data, paths, reporting
 from efficient_nets import config as configs
 from efficient_nets.errors import UserError
-from efficient_nets.experiment import Experiment, TrainState
+from efficient_nets.experiment import Experiment, TrainState, average_from
+
+
+def default(config_file: str) -> str:
+    """`runs/qresnet-cifar100` of `configs/qresnet.py:cifar100`: no two arguments share a folder."""
+    file, _, argument = config_file.partition(":")
+    name = pathlib.Path(file).stem + (f"-{argument}" if argument else "")
+    return "runs/" + re.sub(r"[^\w.=-]", "_", name)
 
 
 def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
     """Makes the folder and writes config.json, or checks that the run in it is this config's.
 
+    An attempt that left neither a checkpoint nor a result is no run yet: another config may follow.
+
     Raises:
       UserError: if it holds another config's run (naming the fields), or cannot be written to.
     """
     path = workdir / "config.json"
-    if path.exists() and (workdir / "metrics.jsonl").exists():  # written when training starts
-        if differences := configs.differences(config, path.read_text()):
-            raise UserError(
-                f"workdir {workdir} holds a run of another config ({'; '.join(differences)}): "
-                "give another --workdir, or the same config"
-            )
+    saved = checkpoint.Checkpoints(workdir / "checkpoints", create=False).steps()
+    if (saved or (workdir / "result.json").exists()) and (found := _differences(workdir, config)):
+        raise UserError(
+            f"workdir {workdir} holds a run of another config ({'; '.join(found)}): "
+            "give another --workdir, or the same config"
+        )
     if jax.process_index() > 0:
         return
     try:
@@ -44,12 +53,26 @@ def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
         raise UserError(f"workdir {workdir} cannot be written to: {error}") from error
 
 
-def write_summary(workdir: pathlib.Path, model: nnx.Module, info: data.Info) -> dict[str, Any]:
-    """Prints the layer table; writes it and summary.json. Returns what summary.json holds."""
+def _differences(workdir: pathlib.Path, config: ConfigDict) -> list[str]:
+    path = workdir / "config.json"
+    return configs.differences(config, path.read_text()) if path.exists() else []
+
+
+def write_summary(
+    workdir: pathlib.Path, config: ConfigDict, model: nnx.Module, info: data.Info
+) -> dict[str, Any]:
+    """Prints the layer table; writes it and summary.json, but not over those of another config.
+
+    Returns:
+      What summary.json holds.
+    """
     table = analysis.layer_table(model, info.image_shape)
     summary = analysis.summary_dict(model, info.image_shape)
     if jax.process_index() == 0:
         print(table, flush=True)
+        if _differences(workdir, config):
+            print(f"not written to {workdir}: it is another config's; --workdir gives another")
+            return summary
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "summary.txt").write_text(table + "\n")
         reporting.write_json(workdir / "summary.json", summary)
@@ -81,19 +104,42 @@ def write_eval(workdir: pathlib.Path, result: dict[str, Any]) -> None:
 
 
 def warm_start(run: Experiment, state: TrainState) -> TrainState:
-    """The state with the weights of `config.checkpoint.init_from` where path and shape match."""
-    like = {"params": state.params, "stats": state.stats}
-    folder = checkpoints_of(pathlib.Path(run.config.checkpoint.init_from))
-    found, left, step = checkpoint.restore_params(folder, like, partial=True)
-    logging.info("Starts from step %d of %s.", step, folder)
+    """The state with the net of `config.checkpoint.init_from` where path and shape match.
+
+    Where that run kept an average, it is the averaged net, whose accuracy the run reported.
+    """
+    net = {"params": state.params, "stats": state.stats}
+    net, left = restore_net(pathlib.Path(run.config.checkpoint.init_from), net)
     for path, reason in left.items():
         logging.warning("%s %s: it starts fresh", path, reason)
-    ema = jax.tree.map(jnp.copy, found["params"]) if run.config.train.ema else {}
-    return state._replace(params=found["params"], stats=found["stats"], ema=ema)
+    return state._replace(**net, ema=average_from(run.config, **net))
+
+
+def restore_net(folder: pathlib.Path, net: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The newest net of another run, averaged if that run kept an average.
+
+    Args:
+      folder: A workdir, or the checkpoints folder in one.
+      net: `{"params": ..., "stats": ...}`, leaves as `checkpoint.restore_params` takes them.
+
+    Returns:
+      The net, and `{path: reason}` of the leaves that do not fit and stay as they are in `net`.
+    """
+    folder = checkpoints_of(folder)
+    found, left, step = checkpoint.restore_params(folder, net | {"ema": net}, partial=True)
+    averaged = any(path not in left for path in paths.named_leaves({"ema": net}))
+    logging.info("Starts from step %d of %s.", step, folder)
+    net = found["ema"] if averaged else {name: found[name] for name in net}
+    left = {
+        path.removeprefix("ema/"): reason
+        for path, reason in left.items()
+        if path.startswith("ema/") == averaged
+    }
+    return net, left
 
 
 def restore_for_evaluation(run: Experiment, folder: pathlib.Path, which: str) -> TrainState:
-    """What evaluation needs of a saved state: weights (averaged ones if kept) and statistics.
+    """What evaluation needs of a saved state: the net, and the averaged one if it is kept.
 
     Args:
       folder: A workdir, or the checkpoints folder in one.

@@ -44,15 +44,31 @@ def test_a_missing_field_is_named():
         ("train", "epochs", "ten", "a float is needed"),
         ("data", "flip", 1, "a bool is needed"),
         ("schedule", "milestones", 30, "a tuple is needed"),
-        ("train", "ema", 1.0, "allowed 0 up to"),
+        ("train", "ema", 1.0, "must be at least 0 and below 1"),
         ("train", "batch_size", 0, "must be above 0"),
         ("checkpoint", "every_epochs", -1.0, "must be above 0"),
+        ("train", "epochs", float("nan"), "must be above 0"),
+        ("train", "epochs", float("inf"), "must be above 0"),
+        ("optimizer", "learning_rate", 0.0, "must be above 0"),
+        ("checkpoint", "keep", 0, "must be at least 1"),
+        ("train", "steps_per_dispatch", -1, "must be at least 0"),
+        ("optimizer", "clip_norm", -0.5, "must be at least 0"),
+        ("optimizer", "weight_decay", -1e-4, "must be at least 0"),
+        ("schedule", "warmup_epochs", -1.0, "must be at least 0"),
+        ("checkpoint", "init_from", "gs://bucket/run", "only folders of this machine, or mounted"),
     ],
 )
 def test_a_wrong_value_names_field_value_and_what_is_needed(section, field, value, needed):
     config = configs.defaults()
     config[section] = ml_collections.ConfigDict({**config[section].to_dict(), field: value})
     with pytest.raises(UserError, match=f"{section}.{field}={value!r}.*{needed}"):
+        configs.check(config)
+
+
+def test_the_seed_is_not_negative():
+    config = configs.defaults()
+    config.seed = -1
+    with pytest.raises(UserError, match="seed=-1: must be at least 0"):
         configs.check(config)
 
 
@@ -76,6 +92,7 @@ def test_fingerprint_follows_what_is_computed_and_nothing_else():
     config.log.every_steps += 1
     config.data.workers += 1
     config.checkpoint.keep += 1
+    config.evaluate.batch_size += 1
     assert configs.fingerprint(config) == first
     config.seed += 1
     assert configs.fingerprint(config) != first

@@ -88,6 +88,14 @@ def random_state(run):
 
 
 @each_config
+def test_a_config_fits_eight_devices(path):
+    config, _ = load(path)
+    info = data.describe(config.data)
+    source = data.Source("2000", range(2000), info.image_shape, info.num_classes, False, 0)
+    assert experiment.build(config, data.Dataset(info, source, None, source)).mesh.size == 8
+
+
+@each_config
 def test_a_config_takes_a_step_at_tiny_size(path, one_device):
     config, _ = load(path)
     config.model.width = 1 / 16

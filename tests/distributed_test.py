@@ -109,18 +109,28 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.slow
-def test_sigterm_to_one_process_stops_both_after_the_same_step(tmp_path):
-    arguments = f"--workdir={tmp_path}", "--config.train.epochs=2000"
+def terminated(stream, mark, *arguments) -> int:
+    """Sends SIGTERM to one of two processes when the first says `mark`; the step of the stop."""
     run = Pair(*arguments, devices=2)
-    for line in run.processes[0].stdout:
-        if line.startswith("epoch 2 "):
+    for line in getattr(run.processes[0], stream):
+        if mark in line:
             run.processes[1].send_signal(signal.SIGTERM)
             break
     first, _ = run.finish(128 + signal.SIGTERM)
-    step = int(first.partition("saved step ")[2].partition(".")[0])
+    return int(first.partition("saved step ")[2].partition(".")[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("most", [1, 3])
+def test_sigterm_to_one_process_stops_both_after_the_same_step(tmp_path, most):
+    """Also where several steps make a dispatch, and in a resumed run before its first dispatch."""
+    arguments = f"--workdir={tmp_path}", "--config.train.epochs=2000"
+    arguments += (f"--config.train.steps_per_dispatch={most}",)
+    step = terminated("stdout", "epoch 2 ", *arguments)
     assert step > 10
     longer = config(epochs=2000.0)
     dataset = data.load(longer.data)
     state = workdirs.restore_for_evaluation(experiment.build(longer, dataset), tmp_path, "newest")
     assert int(state.step) == step
+    again = terminated("stderr", "Goes on from the checkpoint", *arguments)
+    assert step < again <= step + 3 * most

@@ -7,12 +7,14 @@ import json
 import os
 import pathlib
 import re
+import runpy
 import subprocess
 import sys
 
 import pytest
 
 from efficient_nets import config as configs
+from efficient_nets import workdirs
 from efficient_nets.checkpoint import Checkpoints
 
 # ml_collections reads a config file in a way that Python is about to drop.
@@ -92,6 +94,25 @@ def test_summary_needs_no_data(command, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"summary.json", "summary.txt"}
 
 
+def test_summary_leaves_the_folder_of_another_config_alone(command, tmp_path):
+    arguments = "--config=configs/resnet.py", "--mode=summary", f"--workdir={tmp_path}"
+    config = configs.defaults()
+    for seed, out in ((1, f"not written to {tmp_path}"), (0, "")):
+        config.update(runpy.run_path(str(ROOT / "configs/resnet.py"))["get_config"](), seed=seed)
+        (tmp_path / "config.json").write_text(configs.to_json(config))
+        status, printed, _ = command(*arguments)
+        assert status == 0 and "466,906 parameters" in printed and out in printed
+        assert (tmp_path / "summary.json").exists() == (not out)
+
+
+def test_without_a_workdir_each_argument_of_a_config_has_its_own(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for argument in ("", ":cifar100"):
+        assert command(f"--config={ROOT}/configs/resnet.py{argument}", "--mode=summary")[0] == 0
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"resnet", "resnet-cifar100"}
+    assert workdirs.default("a/b.py:folder:/x y") == "runs/b-folder__x_y"
+
+
 @pytest.mark.parametrize("step", ["newest", "best", "5"])
 def test_evaluation_on_eight_devices_scores_as_training_did_on_one(whole, command, step, tmp_path):
     status, out, err = command(
@@ -157,6 +178,11 @@ def test_a_finished_run_is_not_trained_again(whole, command):
         ("--workdri=x", "Unknown command line flag 'workdri'. Did you mean: workdir"),
         ("train", "unknown argument 'train'"),
         ("--mode=eval", "holds no checkpoint"),
+        ("--step=best", "--step=best: only --mode=eval takes it"),
+        ("--checkpoint=x", "--checkpoint=x: only --mode=eval takes it"),
+        ("--workdir=gs://b/run", "--workdir='gs://b/run': only folders of this machine, or mount"),
+        ("--config.sharding.rules[0].match=kernle", "sharding.rules: 'kernle' matches no param"),
+        ("--config.optimizer.accumulate=11", "accumulate=11: the run has only 10 steps"),
     ],
 )
 def test_a_mistake_gives_one_line_that_says_what_is_wrong(fails, flag, message):
@@ -166,6 +192,11 @@ def test_a_mistake_gives_one_line_that_says_what_is_wrong(fails, flag, message):
 def test_a_step_that_was_not_saved_lists_those_that_were(whole, fails):
     message = fails(TINY, "--mode=eval", f"--checkpoint={whole[0]}", "--step=7")
     assert "which=7" in message and "[10, 5]" in message
+
+
+def test_evaluation_of_a_checkpoint_at_an_address_is_refused(fails):
+    message = fails(TINY, "--mode=eval", "--checkpoint=gs://b/run")
+    assert "--checkpoint='gs://b/run': only folders of this machine, or mounted" in message
 
 
 def test_a_checkpoint_of_another_net_is_refused(whole, fails):
@@ -203,6 +234,7 @@ def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint(fails, com
     jump += [f"--workdir={tmp_path / 'run'}"]
     message = fails(TINY, *jump)
     assert "at step 6; the last good checkpoint is step 5. Try a lower" in message
+    assert "in a new --workdir" in message
     assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [3, 4, 5]
     assert message == fails(TINY, *jump)  # from step 5 on, to the same end
     status, out, _ = command(TINY, *jump, "--mode=eval")

@@ -56,6 +56,7 @@ def test_constant_stays():
         (dict(name="multistep"), r"schedule.milestones=\(\)"),
         (dict(name="cosine", warmup_epochs=10.0), "schedule.warmup_epochs=10.0: must be below"),
         (dict(name="restarts", period=0.0), "schedule.period=0.0"),
+        (dict(name="cosine", milestones=(3,)), r"schedule.milestones=\(3,\): cosine has none"),
     ],
 )
 def test_bad_schedules_name_the_field(fields, message):
@@ -138,3 +139,9 @@ def test_accumulation_averages_the_gradients_of_its_steps():
 def test_an_unknown_optimizer_is_named():
     with pytest.raises(UserError, match="optimizer.name='sgdm'.*did you mean 'sgd'"):
         updated(name="sgdm")
+
+
+@pytest.mark.parametrize("fields", [dict(name="adamw"), dict(momentum=0.0)])
+def test_nesterov_without_momentum_is_an_error(fields):
+    with pytest.raises(UserError, match="optimizer.nesterov=True: it needs optimizer.name='sgd'"):
+        updated(nesterov=True, **fields)

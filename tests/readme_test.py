@@ -145,3 +145,11 @@ def test_its_table_names_every_config_with_its_parameters():
 
 def test_no_figure_is_left_to_be_filled_in():
     assert not re.findall(r"\b(QUICKSTART|LENET|MEMORY|RESULT|TODO)\b", README)
+
+
+def test_the_promise_of_equal_bits_names_what_a_gpu_needs_for_it():
+    (promise,) = re.findall(
+        r"^- \*\*Reproducible\.\*\*.*?(?=^- )", README, re.DOTALL | re.MULTILINE
+    )
+    (variable,) = re.findall(r"`(\w+)=1`", promise)
+    assert f"${{{variable}:-}}" in (ROOT / "launch" / "gpu.sh").read_text()

@@ -14,10 +14,15 @@ STATE = {
     },
     "odd": {"kernel": jax.ShapeDtypeStruct((3, 5), jnp.float32)},
 }
+ONE = jax.ShapeDtypeStruct((16,), jnp.float32)
 
 
 def specs(fsdp, rules):
-    found = sharding.state_shardings(STATE, rules, sharding.make_mesh(fsdp))
+    return specs_of(STATE, fsdp, rules)
+
+
+def specs_of(state, fsdp, rules):
+    found = sharding.state_shardings(state, STATE, rules, sharding.make_mesh(fsdp))
     return jax.tree.map(lambda place: place.spec, found)
 
 
@@ -32,6 +37,23 @@ def test_the_first_rule_wins_and_one_device_needs_no_cut():
     rules = [dict(match="conv", shard="replicate"), dict(match="", shard="fsdp")]
     assert specs(4, rules)["conv"]["kernel"] == P()
     assert specs(1, [dict(match="", shard="fsdp")])["conv"]["kernel"] == P()
+
+
+def test_rules_match_parameter_paths_and_hold_for_all_that_is_kept_of_them():
+    state = {"params": STATE, "optimizer": [{"trace": STATE}], "stats": {"conv": {"mean": ONE}}}
+    found = specs_of(state, 4, [dict(match="^conv/", shard="fsdp")])
+    assert found["params"]["conv"]["bias"] == P("fsdp")
+    assert found["params"] == found["optimizer"][0]["trace"]
+    assert found["stats"]["conv"]["mean"] == P()
+
+
+def test_a_rule_that_matches_no_parameter_is_named_but_for_the_default():
+    for pattern in ("kernle", "params/"):
+        message = f"sharding.rules: '{pattern}' matches no parameter: conv/bias, conv/kernel"
+        with pytest.raises(UserError, match=message):
+            specs(4, [dict(match=pattern, shard="fsdp")])
+    mesh = sharding.make_mesh()
+    assert sharding.state_shardings({"w": ONE}, {"w": ONE}, sharding.DEFAULT_RULES, mesh)
 
 
 @pytest.mark.parametrize("rule", [dict(match="x", shard="fdsp"), dict(match="x", axis="fsdp")])

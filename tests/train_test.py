@@ -30,6 +30,10 @@ def scores_of(run, state):
     return evaluation.evaluate_all(evaluation.evaluators(run), state)
 
 
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
 def metrics(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
@@ -124,6 +128,24 @@ def state_after(config, devices, steps=5):
     return sharding.fetch(state.params), losses
 
 
+def test_the_last_state_is_evaluated_once_on_each_split(tmp_path, monkeypatch):
+    evaluated, evaluate = [], evaluation.Evaluator.__call__
+
+    def counted(self, state):
+        evaluated.append(self.split)
+        return evaluate(self, state)
+
+    monkeypatch.setattr(evaluation.Evaluator, "__call__", counted)
+    config = tiny(data__validation="train[160:200]")
+    result = training.train(config, tmp_path)
+    assert evaluated == ["validation", "validation", "test"]
+    assert metrics(tmp_path)[-1]["validation/loss"] == result["validation/loss"]
+    again = training.train(config, tmp_path)  # there is nothing left to train
+    assert evaluated[3:] == ["validation", "test"]
+    assert again["test/loss"] == result["test/loss"]
+    assert again["validation/loss"] == result["validation/loss"]
+
+
 @pytest.mark.parametrize("fsdp", [1, 4])
 def test_one_device_and_eight_train_the_same(fsdp):
     rules = (dict(match="kernel|scale", shard="fsdp"),)
@@ -158,11 +180,15 @@ def test_evaluation_restores_newest_best_and_a_step_on_other_devices(whole):
         workdirs.restore_for_evaluation(run, workdir, "7")
 
 
-@pytest.mark.parametrize("size", [8, 64, 104])
-def test_the_score_does_not_depend_on_the_evaluation_batch(whole, size):
+@pytest.mark.parametrize("size, devices", [(8, 8), (7, 8), (100, 8), (104, 8), (33, 3), (1, 3)])
+def test_the_score_depends_neither_on_the_evaluation_batch_nor_on_the_devices(
+    whole, monkeypatch, size, devices
+):
+    """Also where the devices divide neither this batch nor that of training, 32."""
     workdir, result = whole
     config = tiny(evaluate__batch_size=size)
-    run = experiment.build(config, data.load(config.data))
+    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:devices])
+    run = experiment.build(config, data.load(config.data), training=False)
     state = workdirs.restore_for_evaluation(run, workdir, "newest")
     assert scores_of(run, state)["test/accuracy"] == result["test/accuracy"]
 
@@ -172,6 +198,8 @@ def test_a_diverging_run_stops_says_the_step_and_saves_nothing_bad(tmp_path):
     with pytest.raises(TrainingDiverged, match="parameter_norm is inf at step 1; no checkpoint"):
         training.train(config, tmp_path)
     assert not training.Checkpoints(tmp_path / "checkpoints").steps()
+    training.train(tiny(train__epochs=0.2), tmp_path)  # the workdir is not that config's
+    assert [line["step"] for line in metrics(tmp_path)] == [1]
 
 
 def test_a_run_that_diverges_later_keeps_and_names_its_last_good_checkpoint(tmp_path):
@@ -202,19 +230,20 @@ def test_weights_of_another_config_start_a_run(whole, tmp_path):
     run = experiment.build(config, data.load(config.data))
     started = workdirs.warm_start(run, run.initial_state())
     saved = workdirs.restore_for_evaluation(run, whole[0], "newest")
-    for a, b in zip(jax.tree.leaves(started.params), jax.tree.leaves(saved.params), strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert_equal(started.params, saved.params)
     assert int(started.step) == 0
 
 
-def test_weights_that_do_not_fit_start_fresh_and_are_named(whole, caplog):
-    config = tiny(checkpoint__init_from=str(whole[0]), layers=())
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_weights_that_do_not_fit_start_fresh_and_are_named(whole, caplog, ema):
+    config = tiny(checkpoint__init_from=str(whole[0]), layers=(), train__ema=ema)
     run = experiment.build(config, data.load(config.data))
     fresh = run.initial_state()
     head, conv = np.asarray(fresh.params["head"]["w"]["kernel"]), "stage1/0/conv1/w/kernel"
     started = workdirs.warm_start(run, fresh)
     assert not np.array_equal(started.params["head"]["w"]["kernel"], head)
-    assert conv in caplog.text
+    assert conv in caplog.text and "ema" not in caplog.text
+    assert_equal(started.ema.get("params", started.params), started.params)
 
 
 def test_no_step_compiles_twice(tmp_path, caplog):
@@ -231,10 +260,39 @@ def test_averaged_weights_are_what_is_evaluated(tmp_path):
     result = training.train(config, tmp_path)
     run = experiment.build(config, data.load(config.data))
     state = workdirs.restore_for_evaluation(run, tmp_path, "newest")
-    averaged = scores_of(run, state)
-    plain = scores_of(run, state._replace(ema={}))
-    assert averaged["test/loss"] == pytest.approx(result["test/loss"])
-    assert plain["test/loss"] != pytest.approx(result["test/loss"])
+    assert scores_of(run, state)["test/loss"] == pytest.approx(result["test/loss"])
+    plain = state._replace(ema={})
+    for part, same in (({}, False), ({"params"}, False), ({"params", "stats"}, True)):
+        mixed = plain._replace(**{name: state.ema[name] for name in part})
+        loss = scores_of(run, mixed)["test/loss"]
+        assert (loss == pytest.approx(result["test/loss"])) == same, part
+
+
+def test_the_average_moves_weights_and_statistics_by_the_same_decay():
+    config = tiny(train__ema=0.75)
+    run = experiment.build(config, data.load(config.data))
+    before = sharding.fetch(run.initial_state())
+    batch = next(data.train_batches(run.dataset.train, 32, seed=0))
+    step = jax.jit(lambda *a: training.train_step(run, *a)[0])
+    after = step(run.initial_state(), batch, run.dataset.train.resident)
+    for name in ("params", "stats"):
+        old, new = jax.tree.leaves(getattr(before, name)), jax.tree.leaves(getattr(after, name))
+        for a, b, average in zip(old, new, jax.tree.leaves(after.ema[name]), strict=True):
+            np.testing.assert_allclose(average, 0.75 * a + 0.25 * b, rtol=1e-5, atol=1e-7)
+
+
+def test_a_run_starts_from_the_averaged_net_of_another_which_it_reported(tmp_path, caplog):
+    training.train(tiny(train__ema=0.5, train__epochs=1.0), tmp_path)
+    source = experiment.build(tiny(train__ema=0.5), data.load(tiny().data))
+    saved = workdirs.restore_for_evaluation(source, tmp_path, "newest")
+    for ema in (0.0, 0.5):
+        config = tiny(train__ema=ema, checkpoint__init_from=str(tmp_path))
+        run = experiment.build(config, data.load(config.data))
+        started = workdirs.warm_start(run, run.initial_state())
+        assert_equal(started.params, saved.ema["params"])
+        assert_equal(started.stats, saved.ema["stats"])
+        assert_equal(started.ema, saved.ema if ema else {})
+    assert "starts fresh" not in caplog.text
 
 
 def test_bfloat16_trains_with_float32_parameters(tmp_path):
@@ -249,3 +307,35 @@ def test_the_workdir_may_be_relative(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     training.train(tiny(train__epochs=0.4), pathlib.Path("here"))
     assert (tmp_path / "here" / "result.json").exists()
+
+
+@pytest.mark.parametrize("epoch, most", [(97, 16), (45, 16), (32, 16), (5, 16), (7, 1)])
+def test_every_epoch_has_the_same_dispatches_also_when_resumed(epoch, most):
+    counts = list(training._counts(0, 6 * epoch, [epoch, 2 * epoch], most))
+    assert set(counts) == {most, epoch % most or most} - ({most} if epoch < most else set())
+    assert counts == counts[: len(counts) // 6] * 6
+    for done in range(len(counts)):
+        step = sum(counts[:done])
+        assert list(training._counts(step, 6 * epoch, [epoch, 2 * epoch], most)) == counts[done:]
+
+
+def test_the_last_checkpoint_is_complete_before_a_sigterm_may_end_the_process(
+    tmp_path, monkeypatch
+):
+    events = []
+
+    def noting(owner, name):
+        original = getattr(owner, name)
+
+        def noted(*args, **kwargs):
+            result = original(*args, **kwargs)
+            events.append(name)
+            return result
+
+        monkeypatch.setattr(owner, name, noted)
+
+    noting(training.Checkpoints, "save")
+    noting(training.Checkpoints, "wait")
+    noting(training.Preemption, "__exit__")
+    training.train(tiny(train__epochs=1.0), tmp_path)
+    assert events[: events.index("__exit__")][-2:] == ["save", "wait"]

@@ -7,6 +7,7 @@ starting there. Every process works out the same global order and takes its own 
 import dataclasses
 import functools
 import itertools
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 
@@ -177,12 +178,18 @@ def _stream(loader: _Loader, workers: int) -> Iterator[Batch]:
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     batches = grain.MapDataset.source(loader).to_iter_dataset(options)
     if workers:
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        options = grain.MultiprocessingOptions(num_workers=workers)
+        batches = batches.mp_prefetch(options, worker_init_fn=_ignore_sigterm)
     iterator = iter(batches)
     try:
         yield from iterator
     finally:
         iterator.close()
+
+
+def _ignore_sigterm(worker: int, workers: int) -> None:
+    """Schedulers send SIGTERM to workers too, but the loop still needs a batch, and ends them."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def gather(resident: Mapping[str, jax.Array] | None, batch: Mapping[str, jax.Array]):

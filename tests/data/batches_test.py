@@ -1,6 +1,8 @@
 """The order of batches as properties: nothing lost, nothing twice, the same for any split."""
 
 import itertools
+import os
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -153,6 +155,20 @@ def test_worker_processes_change_nothing_and_end_with_the_iterator(make_source):
     batches.close()
     assert not multiprocessing.active_children()
     assert_equal(list(eval_batches(plain, 4)), list(eval_batches(worked, 4)))
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_workers_outlive_a_sigterm_to_the_whole_process_group(make_source):
+    import multiprocessing
+
+    batches = train_batches(make_source(13, stream=True, workers=2), 4, seed=0)
+    first = take(batches, 2)  # of both workers
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGTERM)
+    rest = take(batches, 40)  # more than they have prefetched
+    assert_equal(first + rest, take(train_batches(make_source(13, stream=True), 4, seed=0), 42))
+    batches.close()
     assert not multiprocessing.active_children()
 
 
