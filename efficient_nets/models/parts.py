@@ -89,6 +89,11 @@ def check_size(image_shape: tuple[int, int, int], halvings: int) -> None:
         )
 
 
+def scale_channels(x: Array, scale: Array) -> Array:
+    """`(..., C)` times a factor for each channel, `(C,)`, in the type of x."""
+    return x * jnp.broadcast_to(scale.astype(x.dtype), x.shape)
+
+
 def max_pool2(x: Array) -> Array:
     """Maximum over 2x2 windows that do not overlap: `(N, H, W, C)` to `(N, H//2, W//2, C)`.
 

@@ -24,6 +24,7 @@ NETS = {
         1 + (3 + 4 + 6 + 3) * 3,
     ),
     "mobilenet": (dict(layout="q8", width=0.0625), (8, 8, 3), 1 + 8 * 2),
+    "quadranet": (dict(depths=(1, 1, 2, 1), width=1 / 24), (8, 8, 3), 5),
 }
 
 
@@ -55,7 +56,8 @@ def test_the_option_reaches_every_unit(net, monkeypatch):
 @pytest.mark.parametrize("net", NETS)
 def test_the_default_is_what_the_papers_take(net, monkeypatch):
     assert parts.ACTIVATIONS["relu"] is nnx.relu
-    assert calls(net, monkeypatch, "relu") == NETS[net][-1]
+    default = "gelu" if net == "quadranet" else "relu"
+    assert calls(net, monkeypatch, default) == NETS[net][-1]
 
 
 @pytest.mark.parametrize(
