@@ -6,7 +6,7 @@ conv = Conv(16, 32, (3, 3), spec=LayerSpec(neuron="ours", norm="branch"), rngs=n
 """
 
 from efficient_nets.layers.linear import Conv, Dense, Layer, kaiming_normal, layer_norm_act
-from efficient_nets.layers.norm import BatchNorm
+from efficient_nets.layers.norm import BatchNorm, LayerNorm
 from efficient_nets.layers.observe import observing, watching
 from efficient_nets.layers.rules import convert, layers, set_compute_dtype
 from efficient_nets.layers.spec import LayerSpec
@@ -16,6 +16,7 @@ __all__ = [
     "Conv",
     "Dense",
     "Layer",
+    "LayerNorm",
     "LayerSpec",
     "convert",
     "kaiming_normal",

@@ -1,9 +1,9 @@
-"""Batch norm: Flax's, with the arguments our units need, and its arrays for `ops.quadratic`."""
+"""Flax's batch and layer norm, as our units need them; arrays of the former for `ops.quadratic`."""
 
 from flax import nnx
 from jax import Array
 
-from efficient_nets.ops import quadratic
+from efficient_nets.ops import linear_maps, quadratic
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -42,6 +42,19 @@ class BatchNorm(nnx.BatchNorm):
         for average, new in ((self.mean, batch.mean), (self.var, batch.var)):
             new = new.astype(average.dtype)
             average[...] = self.momentum * average[...] + (1 - self.momentum) * new
+
+
+class LayerNorm(nnx.LayerNorm):
+    """`nnx.LayerNorm` over the last axis (epsilon 1e-6), in float32 whatever the input's type.
+
+    The output has the input's type; the variance takes two passes.
+    """
+
+    def __init__(self, features: int, *, rngs: nnx.Rngs):
+        super().__init__(features, use_fast_variance=False, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return super().__call__(x.astype(linear_maps.wide(x.dtype))).astype(x.dtype)
 
 
 def arrays_or_none(norm: BatchNorm | None) -> quadratic.Norm | None:

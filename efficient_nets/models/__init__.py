@@ -16,10 +16,20 @@ from efficient_nets import names
 from efficient_nets.errors import UserError
 from efficient_nets.models.lenet import LeNet
 from efficient_nets.models.mobilenet import MobileNet
+from efficient_nets.models.pinet import PiNet, PiResNet
+from efficient_nets.models.quadranet import QuadraNet
 from efficient_nets.models.resnet import ResNet
 from efficient_nets.models.vgg import VGG
 
-MODELS = {"lenet": LeNet, "vgg": VGG, "resnet": ResNet, "mobilenet": MobileNet}
+MODELS = {
+    "lenet": LeNet,
+    "vgg": VGG,
+    "resnet": ResNet,
+    "mobilenet": MobileNet,
+    "pinet": PiNet,
+    "pinet_resnet": PiResNet,
+    "quadranet": QuadraNet,
+}
 
 
 def options(name: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from efficient_nets.models import parts
 
 
 class LeNet(nnx.Module):
-    """Convolution, ReLU, 2x2 max pooling, twice; a hidden dense layer; the head. No norms.
+    """Convolution, activation, 2x2 max pooling, twice; a hidden dense layer; the head. No norms.
 
     The kernels are LeNet-5's 5x5, padded by 2 so that images from 4 pixels on work. The hidden
     layer reads the flattened map, so a model takes images of the size it was made for only.
@@ -17,6 +17,7 @@ class LeNet(nnx.Module):
       image_shape: `(H, W, C)`.
       num_classes: Number of logits.
       width: Multiplies all channel numbers.
+      activation: What stands in for ReLU, a key of `parts.ACTIVATIONS`.
       rngs: Source of the initial values.
     """
 
@@ -26,9 +27,11 @@ class LeNet(nnx.Module):
         image_shape: tuple[int, int, int],
         num_classes: int,
         width: float = 1.0,
+        activation: str = "relu",
         rngs: nnx.Rngs,
     ):
         parts.check_size(image_shape, halvings=2)
+        self.activation = parts.activation(activation)
         height, image_width, channels = image_shape
         first, second, hidden = (parts.scaled(features, width) for features in (32, 64, 128))
         flat = (height // 4) * (image_width // 4) * second
@@ -41,6 +44,6 @@ class LeNet(nnx.Module):
         """Images `(N, H, W, C)` to logits `(N, num_classes)`."""
         x = images
         for conv in (self.conv1, self.conv2):
-            x = parts.max_pool2(layer_norm_act(x, conv, activation=nnx.relu))
+            x = parts.max_pool2(layer_norm_act(x, conv, activation=self.activation))
         x = x.reshape(x.shape[0], -1)
-        return self.head(layer_norm_act(x, self.hidden, activation=nnx.relu))
+        return self.head(layer_norm_act(x, self.hidden, activation=self.activation))

@@ -19,9 +19,18 @@ SMALL_IMAGE = 64
 
 
 class SeparableBlock(nnx.Module):
-    """3x3 depthwise convolution, then 1x1 pointwise, each with batch norm and ReLU."""
+    """3x3 depthwise convolution, then 1x1 pointwise, each with batch norm and activation."""
 
-    def __init__(self, in_features: int, features: int, strides: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        in_features: int,
+        features: int,
+        strides: int,
+        *,
+        activation: parts.Activation = nnx.relu,
+        rngs: nnx.Rngs,
+    ):
+        self.activation = activation
         self.depthwise = parts.conv(
             in_features, in_features, 3, strides=strides, groups=in_features, rngs=rngs
         )
@@ -30,8 +39,8 @@ class SeparableBlock(nnx.Module):
         self.pointwise_norm = BatchNorm(features, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        x = layer_norm_act(x, self.depthwise, self.depthwise_norm, nnx.relu)
-        return layer_norm_act(x, self.pointwise, self.pointwise_norm, nnx.relu)
+        x = layer_norm_act(x, self.depthwise, self.depthwise_norm, self.activation)
+        return layer_norm_act(x, self.pointwise, self.pointwise_norm, self.activation)
 
 
 class MobileNet(nnx.Module):
@@ -45,6 +54,7 @@ class MobileNet(nnx.Module):
       layout: 'v1' (13 blocks), or 'q8' (8 blocks), which QMobileNet is converted from.
       width: Multiplies all channel numbers but the image's.
       stem_strides: Stride of the stem, 1 or 2; 0 takes 1 for images of up to 64 pixels, else 2.
+      activation: What stands in for ReLU, a key of `parts.ACTIVATIONS`.
       rngs: Source of the initial values.
     """
 
@@ -56,10 +66,12 @@ class MobileNet(nnx.Module):
         layout: str = "v1",
         width: float = 1.0,
         stem_strides: int = 0,
+        activation: str = "relu",
         rngs: nnx.Rngs,
     ):
         if stem_strides not in (0, 1, 2):
             raise UserError(f"model.stem_strides={stem_strides}: allowed 0 (by image size), 1, 2")
+        self.activation = parts.activation(activation)
         small = max(image_shape[:2]) <= SMALL_IMAGE
         strides = stem_strides or (1 if small else 2)
         channels = parts.scaled(STEM, width)
@@ -68,13 +80,16 @@ class MobileNet(nnx.Module):
         self.blocks = nnx.List([])
         for base, strides in names.pick("model.layout", layout, LAYOUTS):
             features = parts.scaled(base, width)
-            self.blocks.append(SeparableBlock(channels, features, strides, rngs=rngs))
+            block = SeparableBlock(
+                channels, features, strides, activation=self.activation, rngs=rngs
+            )
+            self.blocks.append(block)
             channels = features
         self.head = parts.head(channels, num_classes, rngs=rngs)
 
     def __call__(self, images: Array) -> Array:
         """Images `(N, H, W, C)` to logits `(N, num_classes)`."""
-        x = layer_norm_act(images, self.stem, self.stem_norm, nnx.relu)
+        x = layer_norm_act(images, self.stem, self.stem_norm, self.activation)
         for block in self.blocks:
             x = block(x)
         return self.head(parts.global_mean(x))

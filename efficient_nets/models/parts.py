@@ -1,11 +1,41 @@
-"""What the architectures share: convolutions padded as in the papers, the head, pooling."""
+"""What the architectures share: padded convolutions, the head, pooling, activations."""
+
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from efficient_nets import names
 from efficient_nets.errors import UserError
 from efficient_nets.layers import Conv, Dense
+
+Activation = Callable[[Array], Array]
+
+
+def _same(x: Array) -> Array:
+    return x
+
+
+def _gelu(x: Array) -> Array:
+    """x Phi(x), Phi the normal distribution function, and not its approximation by tanh."""
+    return nnx.gelu(x, approximate=False)
+
+
+# 'none' is the activation-free net, in which quadratic layers alone are not linear.
+ACTIVATIONS = {
+    "relu": nnx.relu,
+    "none": _same,
+    "silu": nnx.silu,
+    "gelu": _gelu,
+    "tanh": nnx.tanh,
+    "hard_tanh": nnx.hard_tanh,  # cut off at -1 and 1
+}
+
+
+def activation(name: str) -> Activation:
+    """The elementwise function of the option `model.activation`, a key of `ACTIVATIONS`."""
+    return names.pick("model.activation", name, ACTIVATIONS)
 
 
 def conv(
@@ -57,6 +87,11 @@ def check_size(image_shape: tuple[int, int, int], halvings: int) -> None:
             f"image_shape={image_shape}: this net halves images {halvings} times, so height and "
             f"width must be at least {2**halvings}"
         )
+
+
+def scale_channels(x: Array, scale: Array) -> Array:
+    """`(..., C)` times a factor for each channel, `(C,)`, in the type of x."""
+    return x * jnp.broadcast_to(scale.astype(x.dtype), x.shape)
 
 
 def max_pool2(x: Array) -> Array:

@@ -16,14 +16,24 @@ IMAGENET_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3
 
 
 class Block(nnx.Module, abc.ABC):
-    """`relu(main path + shortcut)`; the shortcut is a 1x1 convolution and norm where shapes differ.
+    """`activation(main path + shortcut)`.
 
-    Subclasses make the main path: `conv1`, `norm1`, `conv2`, ...
+    The shortcut is a 1x1 convolution and norm where shapes differ. Subclasses make the main path:
+    `conv1`, `norm1`, `conv2`, ...
     """
 
     expansion = 1
 
-    def __init__(self, in_features: int, features: int, strides: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        in_features: int,
+        features: int,
+        strides: int,
+        *,
+        activation: parts.Activation = nnx.relu,
+        rngs: nnx.Rngs,
+    ):
+        self.activation = activation
         self.projects = strides > 1 or in_features != features
         if self.projects:
             self.shortcut = parts.conv(in_features, features, 1, strides=strides, rngs=rngs)
@@ -42,14 +52,22 @@ class Block(nnx.Module, abc.ABC):
         carried = x
         if self.projects:
             carried = layer_norm_act(x, self.shortcut, self.shortcut_norm)
-        return nnx.relu(self.main(x) + carried)
+        return self.activation(self.main(x) + carried)
 
 
 class BasicBlock(Block):
     """Two 3x3 convolutions."""
 
-    def __init__(self, in_features: int, width: int, strides: int, *, rngs: nnx.Rngs):
-        super().__init__(in_features, width, strides, rngs=rngs)
+    def __init__(
+        self,
+        in_features: int,
+        width: int,
+        strides: int,
+        *,
+        activation: parts.Activation = nnx.relu,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(in_features, width, strides, activation=activation, rngs=rngs)
         self.conv1 = parts.conv(in_features, width, 3, strides=strides, rngs=rngs)
         self.norm1 = BatchNorm(width, rngs=rngs)
         self.conv2 = parts.conv(width, width, 3, rngs=rngs)
@@ -60,7 +78,7 @@ class BasicBlock(Block):
         return self.norm2
 
     def main(self, x: Array) -> Array:
-        x = layer_norm_act(x, self.conv1, self.norm1, nnx.relu)
+        x = layer_norm_act(x, self.conv1, self.norm1, self.activation)
         return layer_norm_act(x, self.conv2, self.norm2)
 
 
@@ -69,9 +87,17 @@ class Bottleneck(Block):
 
     expansion = 4
 
-    def __init__(self, in_features: int, width: int, strides: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        in_features: int,
+        width: int,
+        strides: int,
+        *,
+        activation: parts.Activation = nnx.relu,
+        rngs: nnx.Rngs,
+    ):
         features = self.expansion * width
-        super().__init__(in_features, features, strides, rngs=rngs)
+        super().__init__(in_features, features, strides, activation=activation, rngs=rngs)
         self.conv1 = parts.conv(in_features, width, 1, rngs=rngs)
         self.norm1 = BatchNorm(width, rngs=rngs)
         self.conv2 = parts.conv(width, width, 3, strides=strides, rngs=rngs)
@@ -84,8 +110,8 @@ class Bottleneck(Block):
         return self.norm3
 
     def main(self, x: Array) -> Array:
-        x = layer_norm_act(x, self.conv1, self.norm1, nnx.relu)
-        x = layer_norm_act(x, self.conv2, self.norm2, nnx.relu)
+        x = layer_norm_act(x, self.conv1, self.norm1, self.activation)
+        x = layer_norm_act(x, self.conv2, self.norm2, self.activation)
         return layer_norm_act(x, self.conv3, self.norm3)
 
 
@@ -105,6 +131,7 @@ class ResNet(nnx.Module):
       width: Multiplies all channel numbers but the image's.
       zero_init_gamma: Starts the scale of each block's last norm at 0, so that every block starts
         as its shortcut.
+      activation: What stands in for ReLU, also behind a block's sum; a key of `parts.ACTIVATIONS`.
       rngs: Source of the initial values.
     """
 
@@ -118,6 +145,7 @@ class ResNet(nnx.Module):
         blocks: tuple[int, ...] = (),
         width: float = 1.0,
         zero_init_gamma: bool = False,
+        activation: str = "relu",
         rngs: nnx.Rngs,
     ):
         widths = names.pick("model.layout", layout, CHANNELS)
@@ -125,6 +153,7 @@ class ResNet(nnx.Module):
         blocks = _blocks(layout, depth, tuple(blocks))
         make = Bottleneck if depth in (50, 101) and layout == "imagenet" else BasicBlock
         self.layout, self.stages = layout, len(blocks)
+        self.activation = parts.activation(activation)
 
         kernel, strides = (3, 1) if layout == "cifar" else (7, 2)
         self.stem = parts.conv(image_shape[-1], widths[0], kernel, strides=strides, rngs=rngs)
@@ -134,17 +163,18 @@ class ResNet(nnx.Module):
             stage = nnx.List([])
             for index in range(count):
                 strides = 2 if number > 1 and index == 0 else 1
-                stage.append(make(channels, features, strides, rngs=rngs))
+                block = make(channels, features, strides, activation=self.activation, rngs=rngs)
+                stage.append(block)
                 channels = features * make.expansion
                 if zero_init_gamma:
-                    scale = stage[-1].last_norm.scale
+                    scale = block.last_norm.scale
                     scale[...] = 0 * scale[...]
             setattr(self, f"stage{number}", stage)
         self.head = parts.head(channels, num_classes, rngs=rngs)
 
     def __call__(self, images: Array) -> Array:
         """Images `(N, H, W, C)` to logits `(N, num_classes)`."""
-        x = layer_norm_act(images, self.stem, self.stem_norm, nnx.relu)
+        x = layer_norm_act(images, self.stem, self.stem_norm, self.activation)
         if self.layout == "imagenet":
             x = parts.max_pool3(x)
         for number in range(1, self.stages + 1):

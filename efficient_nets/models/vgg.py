@@ -18,14 +18,22 @@ LAYOUTS = {
 
 
 class ConvBlock(nnx.Module):
-    """3x3 convolution with bias, batch norm, ReLU."""
+    """3x3 convolution with bias, batch norm, activation."""
 
-    def __init__(self, in_features: int, features: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        in_features: int,
+        features: int,
+        *,
+        activation: parts.Activation = nnx.relu,
+        rngs: nnx.Rngs,
+    ):
+        self.activation = activation
         self.conv = parts.conv(in_features, features, 3, use_bias=True, rngs=rngs)
         self.norm = BatchNorm(features, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        return layer_norm_act(x, self.conv, self.norm, nnx.relu)
+        return layer_norm_act(x, self.conv, self.norm, self.activation)
 
 
 class VGG(nnx.Module):
@@ -38,6 +46,7 @@ class VGG(nnx.Module):
       num_classes: Number of logits.
       layout: A (VGG-11), B (13), D (16), E (19), or Q7, which QVGG-7 is converted from.
       width: Multiplies all channel numbers.
+      activation: What stands in for ReLU, a key of `parts.ACTIVATIONS`.
       rngs: Source of the initial values.
     """
 
@@ -48,16 +57,19 @@ class VGG(nnx.Module):
         num_classes: int,
         layout: str = "D",
         width: float = 1.0,
+        activation: str = "relu",
         rngs: nnx.Rngs,
     ):
         stages = names.pick("model.layout", layout, LAYOUTS)
         parts.check_size(image_shape, halvings=len(stages))
         self.stages = len(stages)
+        follows = parts.activation(activation)
         channels = image_shape[-1]
         for number, stage in enumerate(stages, start=1):
             blocks = nnx.List([])
             for features in (parts.scaled(features, width) for features in stage):
-                blocks.append(ConvBlock(channels, features, rngs=rngs))
+                block = ConvBlock(channels, features, activation=follows, rngs=rngs)
+                blocks.append(block)
                 channels = features
             setattr(self, f"stage{number}", blocks)
         self.head = parts.head(channels, num_classes, rngs=rngs)

@@ -1,5 +1,6 @@
 """Every architecture: published parameter counts, stable names, shapes, gradients, errors."""
 
+import itertools
 import re
 
 import jax
@@ -19,6 +20,9 @@ SMALL = {
     "vgg": (dict(layout="Q7", width=0.0625), (33, 47, 3), "conv"),
     "resnet": (dict(blocks=(1, 1, 1), width=0.25), (9, 13, 3), r"stage\d/.*/conv\d"),
     "mobilenet": (dict(layout="q8", width=0.0625), (17, 25, 3), "depthwise|pointwise"),
+    "pinet": (dict(form="ncp", degree=3, hidden=8), (5, 4, 3), "factors|states"),
+    "pinet_resnet": (dict(blocks=(1, 1), width=0.0625), (9, 13, 3), r"stage\d/.*/conv\d"),
+    "quadranet": (dict(depths=(1, 1, 1, 1), width=1 / 24), (9, 13, 3), "depthwise"),
 }
 IMAGENET = dict(layout="imagenet", blocks=(1, 1, 1, 1), width=0.0625)
 
@@ -44,7 +48,7 @@ def arrays(*args, **kwargs):
         kind = name.split("/")[-1]
         if kind == "kernel":
             return draws.normal(0, np.sqrt(2 / np.prod(x.shape[:-1])), x.shape).astype(x.dtype)
-        return np.full(x.shape, kind in ("scale", "var"), x.dtype)
+        return np.full(x.shape, kind in ("scale", "var", "alpha"), x.dtype)
 
     values = paths.map_named(value, nnx.to_pure_dict(state))
     nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, values))
@@ -67,6 +71,7 @@ def count(*args, **kwargs):
     [
         (14_728_266, "vgg", dict(layout="D")),
         (9_416_010, "vgg", dict(layout="B")),
+        (20_040_522, "vgg", dict(layout="E")),
         (12_304_330, "vgg", dict(layout="Q7", rules=[dict(match="conv", **QUADRATIC)])),
         (466_906, "resnet", dict(depth=32)),
         (
@@ -95,6 +100,13 @@ def test_lenet_counts_its_layers():
     assert count("lenet", (28, 28, 1)) == expected
 
 
+def test_vgg_11_counts_its_layers():
+    """Layout A at 10 classes, which no table has: 3x3 kernels, a bias, a norm of two a conv."""
+    channels = [3, 64, 128, 256, 256, 512, 512, 512, 512]
+    convs = sum(9 * before * after + 3 * after for before, after in itertools.pairwise(channels))
+    assert count("vgg", layout="A") == convs + (512 + 1) * 10
+
+
 def test_names_of_layers_are_stable():
     """Rules, checkpoints and configs depend on these names."""
     basic = ["conv1", "conv2"]
@@ -114,6 +126,17 @@ def test_names_of_layers_are_stable():
         "mobilenet": [
             *(f"blocks/{i}/{name}" for i in range(8) for name in ("depthwise", "pointwise")),
             *("head", "stem"),
+        ],
+        "pinet": [*(f"factors/{i}" for i in range(3)), "head", "states/0", "states/1"],
+        "pinet_resnet": [
+            "head",
+            *(f"stage{s}/0/{name}" for s in (1, 2) for name in projected),
+            "stem",
+        ],
+        "quadranet": [
+            *("down2", "down3", "down4", "head"),
+            *(f"stage{s}/0/{n}" for s in (1, 2, 3, 4) for n in ("depthwise", "expand", "project")),
+            "stem",
         ],
     }
     for name, (options, image_shape, _) in SMALL.items():
@@ -175,6 +198,8 @@ def test_bfloat16_products_give_bfloat16_logits(name):
         ("resnet", SMALL["resnet"][0], [(1, 1), (8, 8), (31, 64)]),
         ("resnet", IMAGENET, [(8, 8), (64, 97)]),
         ("mobilenet", SMALL["mobilenet"][0], [(1, 1), (8, 8), (64, 97)]),
+        ("pinet_resnet", SMALL["pinet_resnet"][0], [(1, 1), (8, 8), (31, 64)]),
+        ("quadranet", SMALL["quadranet"][0], [(1, 1), (8, 8), (64, 97)]),
     ],
 )
 def test_a_model_takes_images_of_other_sizes(name, options, sizes):
@@ -184,15 +209,18 @@ def test_a_model_takes_images_of_other_sizes(name, options, sizes):
         assert logits.shape == (3, 10)
 
 
-@pytest.mark.parametrize("name", [*SMALL, "imagenet"])
+@pytest.mark.parametrize("name", [*(n for n in SMALL if n != "pinet"), "imagenet"])
 def test_convolutions_pad_half_the_kernel_on_both_sides(name):
     options, image_shape, _ = SMALL.get(name, (IMAGENET, (64, 64, 3), ""))
     model = shapes("resnet" if name == "imagenet" else name, image_shape, **options)
     convs = [layer for _, layer in layers.layers(model) if isinstance(layer, layers.Conv)]
     assert convs
     for conv in convs:
-        sides = tuple((k // 2, k // 2) for k in conv.geometry.kernel_size)
-        assert conv.linear_map.padding == sides
+        window = conv.geometry.kernel_size
+        if window == conv.geometry.strides != (1, 1):  # patches: no more than it takes to fill them
+            assert conv.linear_map.padding == "SAME"
+        else:
+            assert conv.linear_map.padding == tuple((k // 2, k // 2) for k in window)
 
 
 def test_initial_kernels_have_the_papers_scale():
