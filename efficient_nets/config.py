@@ -50,7 +50,7 @@ BOUNDS = {
         lambda x: x >= 0,
         (
             *("seed", "train.steps_per_dispatch", "optimizer.clip_norm", "optimizer.weight_decay"),
-            *("schedule.warmup_epochs", "schedule.end_value"),
+            *("schedule.warmup_epochs", "schedule.end_value", "log.histograms_every_epochs"),
         ),
     ),
     "at least 0 and below 1": (
@@ -147,6 +147,7 @@ def defaults() -> ConfigDict:
             every_steps=50,
             tensorboard=True,
             products=False,  # of each layer, the largest magnitude of what its neuron combines
+            histograms_every_epochs=0.0,  # of weights, when evaluating; 0: none
         )
     )
     return config

@@ -11,6 +11,7 @@ from efficient_nets import config as configs
 from efficient_nets import data, errors, experiment, names, sharding, workdirs
 from efficient_nets.errors import TrainingDiverged, UserError
 from efficient_nets.evaluation import evaluate
+from efficient_nets.inspection import inspect
 from efficient_nets.train import train
 
 FLAGS = flags.FLAGS
@@ -22,16 +23,19 @@ CONFIG = config_flags.DEFINE_config_file(
     accept_new_attributes=True,  # configs.check refuses them, and names the nearest one
 )
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run, else runs/NAME[-ARGUMENT].")
-MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "summary"], "What to do.")
-CHECKPOINT = flags.DEFINE_string("checkpoint", "", "eval: the workdir to restore from.")
-STEP = flags.DEFINE_string("step", "newest", "eval: newest, best, or a step.")
+MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "summary", "analyze"], "What to do.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", "", "eval, analyze: the workdir to restore from.")
+STEP = flags.DEFINE_string("step", "newest", "eval, analyze: newest, best, or a step.")
+REFERENCE = flags.DEFINE_string("reference", "", "analyze: an analysed workdir to compare with.")
 DISTRIBUTED = flags.DEFINE_boolean("distributed", False, "One of several processes of a run.")
 
 
 def _run(config, workdir: pathlib.Path) -> None:
-    for flag in CHECKPOINT, STEP:
-        if flag.present and MODE.value != "eval":
-            raise UserError(f"--{flag.name}={flag.value}: only --mode=eval takes it")
+    modes = {CHECKPOINT: ("eval", "analyze"), STEP: ("eval", "analyze"), REFERENCE: ("analyze",)}
+    for flag, taking in modes.items():
+        if flag.present and MODE.value not in taking:
+            takes = " and ".join(f"--mode={mode}" for mode in taking)
+            raise UserError(f"--{flag.name}={flag.value}: only {takes} may have it")
     configs.check(config)
     if MODE.value == "summary":
         info = data.describe(config.data)
@@ -39,6 +43,9 @@ def _run(config, workdir: pathlib.Path) -> None:
     elif MODE.value == "eval":
         folder = names.local_folder("--checkpoint", CHECKPOINT.value or str(workdir))
         evaluate(config, workdir, folder, STEP.value)
+    elif MODE.value == "analyze":
+        folder = names.local_folder("--checkpoint", CHECKPOINT.value or str(workdir))
+        inspect(config, workdir, folder, STEP.value, REFERENCE.value)
     else:
         train(config, workdir)
 

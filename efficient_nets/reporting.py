@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from efficient_nets import analysis
 from efficient_nets.errors import TrainingDiverged
 
 
@@ -69,14 +70,14 @@ class Reporter:
     ):
         self.active = jax.process_index() == 0
         self._file = self._board = None
-        self._board_folder = workdir / "tensorboard"
+        self._workdir = workdir
         if self.active:
             self._file = MetricsFile(workdir / "metrics.jsonl", first_step)
         if self.active and tensorboard:
             from tensorboardX import SummaryWriter  # slow to import
 
             self._board = SummaryWriter(  # with a queue long enough that nothing waits for it
-                str(self._board_folder), purge_step=first_step + 1, max_queue=1000
+                str(self._workdir / "tensorboard"), purge_step=first_step + 1, max_queue=1000
             )
         quiet = not sys.stderr.isatty()
         self.bar = tqdm(
@@ -106,9 +107,17 @@ class Reporter:
             # It writes in a thread, and goes on as if nothing were when that has died.
             if not self._board.file_writer.event_writer._worker.is_alive():
                 message = "TensorBoard's writer has died; is the disk full?"
-                raise OSError(errno.EIO, message, str(self._board_folder))
+                raise OSError(errno.EIO, message, str(self._workdir / "tensorboard"))
             for name, value in scalars.items():
                 self._board.add_scalar(name, value, step)
+
+    def histograms(self, step: int, histograms: Mapping[str, analysis.Histogram]) -> None:
+        """Writes `histograms/STEP.npz`, and TensorBoard's."""
+        if self.active:
+            analysis.save_histograms(self._workdir, step, histograms)
+        if self._board is not None:
+            for name, histogram in histograms.items():
+                analysis.add_histogram(self._board, name, histogram, step)
 
     def line(self, text: str) -> None:
         if self.active:
@@ -118,7 +127,7 @@ class Reporter:
         """Closes each part, also where another one fails."""
         with contextlib.ExitStack() as stack:
             if self._board is not None:
-                stack.enter_context(_naming(self._board_folder))
+                stack.enter_context(_naming(self._workdir / "tensorboard"))
                 stack.callback(self._board.close)
             if self._file is not None:
                 stack.callback(self._file.close)

@@ -22,8 +22,8 @@ from flax import nnx
 from jax import lax
 from ml_collections import ConfigDict
 
-from efficient_nets import config as configs
 from efficient_nets import (
+    analysis,
     conversion,
     data,
     experiment,
@@ -34,6 +34,7 @@ from efficient_nets import (
     sharding,
     workdirs,
 )
+from efficient_nets import config as configs
 from efficient_nets.checkpoint import Checkpoints
 from efficient_nets.errors import TrainingDiverged
 from efficient_nets.evaluation import evaluate_all, evaluators, put_resident
@@ -109,6 +110,8 @@ def _loop(run: Experiment, state, meta, evaluation, checkpoints, reporter):
         functools.partial(train_steps, run), static_argnames="count", donate_argnums=0
     )
     meter = reporting.Meter(meta, reporter, config.train.batch_size, config.log.every_steps)
+    if step == 0:
+        _write_histograms(run, state, step, reporter)
     dispatches = _dispatches(run, step, on_device=resident is not None)
     with Preemption() as preemption, contextlib.closing(dispatches):
         for count, batch in dispatches:
@@ -120,6 +123,7 @@ def _loop(run: Experiment, state, meta, evaluation, checkpoints, reporter):
                 meter.settle()
                 with meter.paused():
                     scores = evaluate_all(evaluation[:1], state)
+                    _write_histograms(run, state, step, reporter)
                 reporter.scalars(step, scores)
                 reporter.line(reporting.evaluation_line(step / run.epoch_steps, step, scores))
             stop = preemption.reached()
@@ -133,6 +137,17 @@ def _loop(run: Experiment, state, meta, evaluation, checkpoints, reporter):
                 preemption.exit()
         checkpoints.wait()  # while SIGTERM cannot end the process yet
     return state, meta, scores
+
+
+def _write_histograms(run: Experiment, state: TrainState, step: int, reporter) -> None:
+    """Of weights and running averages: at both ends, and at the first evaluation of each period."""
+    epochs = run.config.log.histograms_every_epochs
+    if not epochs:
+        return
+    period, since = run.steps(epochs), run.steps(run.config.evaluate.every_epochs)
+    if step in (0, run.total_steps) or step // period > (step - since) // period:
+        arrays = sharding.fetch({"params": state.params, "stats": state.stats})
+        reporter.histograms(step, analysis.histograms_of(arrays))
 
 
 def train_steps(run: Experiment, state: TrainState, batch, resident, *, count: int):
@@ -186,7 +201,7 @@ def train_step(run: Experiment, state: TrainState, batch: dict, resident: dict |
 def _watched(model: nnx.Module, images):
     """Logits, and the largest magnitude that each layer's neuron combines."""
     paths_of = {id(layer): path for path, layer in layers.layers(model)}
-    with layers.watching() as peaks:
+    with layers.peaks() as peaks:
         logits = model(images)
     names = [paths_of[id(layer)].replace("/", ".") for layer, _ in peaks]
     return logits, {f"{n}/product_max": p for n, (_, p) in zip(names, peaks, strict=True)}

@@ -56,6 +56,7 @@ def test_a_missing_field_is_named():
         ("optimizer", "weight_decay", -1e-4, "must be at least 0"),
         ("schedule", "warmup_epochs", -1.0, "must be at least 0"),
         ("checkpoint", "init_from", "gs://bucket/run", "only folders of this machine, or mounted"),
+        ("log", "histograms_every_epochs", -1.0, "must be at least 0"),
     ],
 )
 def test_a_wrong_value_names_field_value_and_what_is_needed(section, field, value, needed):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from clu import parameter_overview
 from flax import nnx
 
-from efficient_nets.layers import Layer, layers, observing
+from efficient_nets.layers import Layer, watched
 from efficient_nets.ops import forms
 
 
@@ -62,22 +62,18 @@ def layer_costs(model: nnx.Module, image_shape: Sequence[int]) -> list[LayerCost
         as it is.
       image_shape: `(H, W, C)`.
     """
-    graph, state = nnx.split(model)
     found: dict[str, LayerCost] = {}
 
+    def observer(path, layer, x, y):
+        cost = _layer_cost(path, layer, x.shape[1:], y.shape[1:])
+        if path in found:
+            cost = dataclasses.replace(found[path], macs=found[path].macs + cost.macs)
+        found[path] = cost
+
+    graph, state = nnx.split(watched(model, observer))
+
     def trace(state, images):
-        copy = nnx.merge(graph, state)
-        paths = {id(layer): path for path, layer in layers(copy)}
-
-        def observer(layer, x, y):
-            path = paths[id(layer)]
-            cost = _layer_cost(path, layer, x.shape[1:], y.shape[1:])
-            if path in found:
-                cost = dataclasses.replace(found[path], macs=found[path].macs + cost.macs)
-            found[path] = cost
-
-        with observing(observer):
-            copy(images)
+        nnx.merge(graph, state)(images)
 
     jax.eval_shape(trace, state, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
     return list(found.values())

@@ -7,7 +7,7 @@ conv = Conv(16, 32, (3, 3), spec=LayerSpec(neuron="ours", norm="branch"), rngs=n
 
 from efficient_nets.layers.linear import Conv, Dense, Layer, kaiming_normal, layer_norm_act
 from efficient_nets.layers.norm import BatchNorm, LayerNorm
-from efficient_nets.layers.observe import observing, watching
+from efficient_nets.layers.observe import peaks, watched
 from efficient_nets.layers.rules import convert, layers, set_compute_dtype
 from efficient_nets.layers.spec import LayerSpec
 
@@ -22,7 +22,7 @@ __all__ = [
     "kaiming_normal",
     "layer_norm_act",
     "layers",
-    "observing",
+    "peaks",
     "set_compute_dtype",
-    "watching",
+    "watched",
 ]

@@ -11,7 +11,6 @@ from jax import Array
 from efficient_nets.errors import UserError
 from efficient_nets.layers import neuron as neurons
 from efficient_nets.layers import norm as norms
-from efficient_nets.layers import observe
 from efficient_nets.layers.geometry import Geometry, Initializer, padding_of, per_axis
 from efficient_nets.layers.spec import ALGORITHMS, LayerSpec
 from efficient_nets.ops import linear_maps, quadratic
@@ -29,7 +28,10 @@ class Layer(nnx.Module):
       spec: Static `LayerSpec`.
       One `Branch` a branch of the neuron, under its name: `w` for linear, `a`, `b`, `c` for `ours`.
       bias: Of the combined value `(features,)`, in neurons that have it there, else None.
+      watch: Static; what each call is shown to, see `observe.watched`.
     """
+
+    watch = None
 
     def __init__(self, geometry: Geometry, spec: LayerSpec | None, rngs: nnx.Rngs):
         self.geometry, self.spec = geometry, spec or LayerSpec()
@@ -81,6 +83,20 @@ class Layer(nnx.Module):
     @property
     def branches(self) -> list[neurons.Branch]:
         return [getattr(self, name) for name in self.spec.branches]
+
+    def unit_arguments(self) -> tuple:
+        """What `ops.quadratic` takes of this layer: `static, kernels, biases, branch_norms`."""
+        branches = self.branches
+        biases = branch_norms = None
+        static = quadratic.Unit(
+            self.spec.neuron, self.linear_map, precision=PRECISIONS[self.spec.precision]
+        )
+        if branches[0].bias is not None:
+            biases = tuple(branch.bias[...] for branch in branches)
+        if self.spec.norm == "branch":
+            branch_norms = tuple(branch.norm.arrays() for branch in branches)
+            static = dataclasses.replace(static, branch_epsilon=branches[0].norm.epsilon)
+        return static, tuple(branch.kernel[...] for branch in branches), biases, branch_norms
 
     def __call__(self, x: Array) -> Array:
         """x `(N, *spatial, in_features)` to `(N, *spatial', features)`."""
@@ -199,7 +215,8 @@ def layer_norm_act(
         norm if whole else None,
         activation if whole else None,
     )
-    observe.observed(layer, x, y)
+    if layer.watch is not None:
+        layer.watch(layer, x, y)
     if whole:
         return y
     y = norms.normalise(norm, y)
@@ -207,20 +224,8 @@ def layer_norm_act(
 
 
 def _apply_unit(x: Array, layer: Layer, norm, activation) -> Array:
-    branches = layer.branches
-    biases = branch_norms = None
-    if branches[0].bias is not None:
-        biases = tuple(branch.bias[...] for branch in branches)
-    static = quadratic.Unit(
-        layer.spec.neuron,
-        layer.linear_map,
-        activation,
-        precision=PRECISIONS[layer.spec.precision],
-        watch=observe.is_watching(),
-    )
-    if layer.spec.norm == "branch":
-        branch_norms = tuple(branch.norm.arrays() for branch in branches)
-        static = dataclasses.replace(static, branch_epsilon=branches[0].norm.epsilon)
+    static, kernels, biases, branch_norms = layer.unit_arguments()
+    static = dataclasses.replace(static, activation=activation, peak=observe.wants_peaks())
     if norm is not None:
         static = dataclasses.replace(static, outer_epsilon=norm.epsilon)
     apply = quadratic.hybrid_unit if layer.spec.backward == "hybrid" else quadratic.unit
@@ -229,16 +234,16 @@ def _apply_unit(x: Array, layer: Layer, norm, activation) -> Array:
     y, statistics = apply(
         static,
         x,
-        tuple(branch.kernel[...] for branch in branches),
+        kernels,
         biases,
         branch_norms,
         norms.arrays_or_none(norm),
         None if layer.bias is None else layer.bias[...],
     )
-    if static.watch:
-        observe.watched(layer, statistics.peak)
+    if static.peak:
+        observe.add_peak(layer, statistics.peak)
     if branch_norms is not None:
-        for branch, batch in zip(branches, statistics.branches, strict=True):
+        for branch, batch in zip(layer.branches, statistics.branches, strict=True):
             branch.norm.update(batch)
     if norm is not None:
         norm.update(statistics.outer)

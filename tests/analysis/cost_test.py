@@ -128,3 +128,18 @@ def test_nothing_is_computed_or_changed():
     assert not model.norm.use_running_average  # still in training mode
     shapes = nnx.eval_shape(Twice)
     assert analysis.model_cost(shapes, (8, 8, 3)) == cost
+
+
+class Rematted(Twice):
+    @nnx.remat
+    def __call__(self, x):
+        return super().__call__(x)
+
+
+def test_gradient_checkpointing_does_not_change_the_costs():
+    net = nnx.Sequential(Rematted(), Rematted())
+    plain = nnx.Sequential(Twice(), Twice())
+    costs = analysis.layer_costs(plain, (8, 8, 3))
+    assert len(costs) == 4
+    for _ in range(2):  # JAX caches what it traced
+        assert analysis.layer_costs(net, (8, 8, 3)) == costs

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from efficient_nets.layers import BatchNorm, Conv, Dense, LayerSpec, layer_norm_act, observing
+from efficient_nets.layers import BatchNorm, Conv, Dense, LayerSpec, layer_norm_act, watched
 
 OURS = LayerSpec("ours", norm="branch")
 ROUNDING = {"rtol": 1e-5, "atol": 1e-5}  # float32 sums of at most 36 terms of size 1
@@ -153,26 +153,37 @@ def test_every_part_may_be_left_out(spec):
     np.testing.assert_allclose(layer_norm_act(x, conv, norm), norm(conv(x)), **close)
 
 
-def test_observer_sees_every_layer_inside_alone():
+def test_a_watched_copy_shows_the_calls_of_its_layers():
     seen = []
-    first, second = Dense(3, 4, rngs=nnx.Rngs(0)), Dense(4, 2, spec=OURS, rngs=nnx.Rngs(1))
-    with observing(lambda layer, x, y: seen.append((layer, x.shape, y.shape))):
-        second(first(_input(5, 3)))
-        jax.eval_shape(lambda x: first(x), _input(5, 3))
-    first(_input(5, 3))
-    assert seen == [
-        (first, (5, 3), (5, 4)),
-        (second, (5, 4), (5, 2)),
-        (first, (5, 3), (5, 4)),
+    net = nnx.List([Dense(3, 4, rngs=nnx.Rngs(0)), Dense(4, 2, spec=OURS, rngs=nnx.Rngs(1))])
+    copy = watched(net, lambda *call: seen.append(call))
+    y = copy[1](copy[0](_input(5, 3)))
+    jax.eval_shape(lambda x: copy[0](x), _input(5, 3))
+    net[0](_input(5, 3))  # the net itself is not watched
+    assert [(path, layer, x.shape, y.shape) for path, layer, x, y in seen] == [
+        ("0", copy[0], (5, 3), (5, 4)),
+        ("1", copy[1], (5, 4), (5, 2)),
+        ("0", copy[0], (5, 3), (5, 4)),
     ]
+    np.testing.assert_array_equal(seen[1][3], y)
 
 
-def test_observer_is_gone_after_an_error():
-    seen = []
-    with pytest.raises(RuntimeError), observing(lambda *_: seen.append(1)):
-        raise RuntimeError
-    Dense(3, 4, rngs=nnx.Rngs(0))(_input(5, 3))
-    assert not seen
+class Rematted(nnx.Module):
+    def __init__(self, rngs):
+        self.conv = Conv(3, 3, (3, 3), rngs=rngs)
+
+    @nnx.remat
+    def __call__(self, x):
+        return self.conv(x)
+
+
+def test_layers_of_one_shape_inside_remat_are_watched_apart_and_anew():
+    net = nnx.List([Rematted(nnx.Rngs(0)), Rematted(nnx.Rngs(1))])
+    for _ in range(2):  # JAX caches the trace of the first time
+        seen = []
+        copy = watched(net, lambda path, *_, seen=seen: seen.append(path))
+        copy[1](copy[0](_input(2, 4, 4, 3)))
+        assert seen == ["0/conv", "1/conv"]
 
 
 # Bad input
