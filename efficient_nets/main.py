@@ -31,11 +31,14 @@ DISTRIBUTED = flags.DEFINE_boolean("distributed", False, "One of several process
 
 
 def _run(config, workdir: pathlib.Path) -> None:
-    modes = {CHECKPOINT: ("eval", "analyze"), STEP: ("eval", "analyze"), REFERENCE: ("analyze",)}
-    for flag, taking in modes.items():
-        if flag.present and MODE.value not in taking:
-            takes = " and ".join(f"--mode={mode}" for mode in taking)
-            raise UserError(f"--{flag.name}={flag.value}: only {takes} may have it")
+    for flag, modes in (
+        (CHECKPOINT, "eval analyze"),
+        (STEP, "eval analyze"),
+        (REFERENCE, "analyze"),
+    ):
+        if flag.present and MODE.value not in modes.split():
+            takers = modes.replace(" ", " and --mode=")
+            raise UserError(f"--{flag.name}={flag.value}: only --mode={takers} may have it")
     configs.check(config)
     if MODE.value == "summary":
         info = data.describe(config.data)

@@ -201,7 +201,7 @@ def train_step(run: Experiment, state: TrainState, batch: dict, resident: dict |
 def _watched(model: nnx.Module, images):
     """Logits, and the largest magnitude that each layer's neuron combines."""
     paths_of = {id(layer): path for path, layer in layers.layers(model)}
-    with layers.peaks() as peaks:
+    with layers.collecting_peaks() as peaks:
         logits = model(images)
     names = [paths_of[id(layer)].replace("/", ".") for layer, _ in peaks]
     return logits, {f"{n}/product_max": p for n, (_, p) in zip(names, peaks, strict=True)}

@@ -7,7 +7,8 @@ conv = Conv(16, 32, (3, 3), spec=LayerSpec(neuron="ours", norm="branch"), rngs=n
 
 from efficient_nets.layers.linear import Conv, Dense, Layer, kaiming_normal, layer_norm_act
 from efficient_nets.layers.norm import BatchNorm, LayerNorm
-from efficient_nets.layers.observe import peaks, watched
+from efficient_nets.layers.observe import watched
+from efficient_nets.layers.peaks import collecting_peaks
 from efficient_nets.layers.rules import convert, layers, set_compute_dtype
 from efficient_nets.layers.spec import LayerSpec
 
@@ -18,11 +19,11 @@ __all__ = [
     "Layer",
     "LayerNorm",
     "LayerSpec",
+    "collecting_peaks",
     "convert",
     "kaiming_normal",
     "layer_norm_act",
     "layers",
-    "peaks",
     "set_compute_dtype",
     "watched",
 ]

@@ -12,6 +12,7 @@ from efficient_nets.errors import UserError
 from efficient_nets.layers import neuron as neurons
 from efficient_nets.layers import norm as norms
 from efficient_nets.layers.geometry import Geometry, Initializer, padding_of, per_axis
+from efficient_nets.layers.peaks import add_peak, wants_peaks
 from efficient_nets.layers.spec import ALGORITHMS, LayerSpec
 from efficient_nets.ops import linear_maps, quadratic
 from efficient_nets.ops.precision import PRECISIONS
@@ -225,7 +226,7 @@ def layer_norm_act(
 
 def _apply_unit(x: Array, layer: Layer, norm, activation) -> Array:
     static, kernels, biases, branch_norms = layer.unit_arguments()
-    static = dataclasses.replace(static, activation=activation, peak=observe.wants_peaks())
+    static = dataclasses.replace(static, activation=activation, peak=wants_peaks())
     if norm is not None:
         static = dataclasses.replace(static, outer_epsilon=norm.epsilon)
     apply = quadratic.hybrid_unit if layer.spec.backward == "hybrid" else quadratic.unit
@@ -241,7 +242,7 @@ def _apply_unit(x: Array, layer: Layer, norm, activation) -> Array:
         None if layer.bias is None else layer.bias[...],
     )
     if static.peak:
-        observe.add_peak(layer, statistics.peak)
+        add_peak(layer, statistics.peak)
     if branch_norms is not None:
         for branch, batch in zip(layer.branches, statistics.branches, strict=True):
             branch.norm.update(batch)

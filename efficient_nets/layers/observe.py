@@ -1,7 +1,5 @@
-"""Watching layers run: shapes for the summary table, activations for the analysis tools, peaks."""
+"""Watching layers run: shapes for the summary table, activations for the analysis tools."""
 
-import contextlib
-import contextvars
 import dataclasses
 from collections.abc import Callable
 
@@ -9,8 +7,6 @@ from flax import nnx
 from jax import Array
 
 from efficient_nets.layers.rules import layers
-
-_peaks: contextvars.ContextVar[list | None] = contextvars.ContextVar("peaks", default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,27 +39,3 @@ def watched(model: nnx.Module, observer: Callable) -> nnx.Module:
     for path, layer in layers(model):
         layer.watch = Watch(path, observer)
     return model
-
-
-@contextlib.contextmanager
-def peaks():
-    """Inside, each Dense and Conv adds `(layer, peak)` to the list that is given.
-
-    peak is the largest magnitude, a scalar, of what its neuron combines, before norm and
-    activation: products make extreme values, and one that is not finite stays so. Tracers under
-    `jax.jit`: return them from the function that is traced.
-    """
-    found: list = []
-    token = _peaks.set(found)
-    try:
-        yield found
-    finally:
-        _peaks.reset(token)
-
-
-def wants_peaks() -> bool:
-    return _peaks.get() is not None
-
-
-def add_peak(layer: nnx.Module, peak: Array) -> None:
-    _peaks.get().append((layer, peak))

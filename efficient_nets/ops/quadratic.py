@@ -56,7 +56,7 @@ class Moments(NamedTuple):
 class Statistics(NamedTuple):
     """Moments used for each branch and for the combined value; None where there is no norm.
 
-    peak: largest magnitude of the combined value, before the outer norm, of a unit that asks for it.
+    peak: Largest magnitude of the combined value, before the outer norm, if `Unit.peak` asks.
     """
 
     branches: tuple[Moments, ...] | None
