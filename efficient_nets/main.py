@@ -37,8 +37,8 @@ def _run(config, workdir: pathlib.Path) -> None:
         (REFERENCE, "analyze"),
     ):
         if flag.present and MODE.value not in modes.split():
-            takers = modes.replace(" ", " and --mode=")
-            raise UserError(f"--{flag.name}={flag.value}: only --mode={takers} may have it")
+            modes = modes.replace(" ", " and --mode=")
+            raise UserError(f"--{flag.name}={flag.value}: only --mode={modes} may have it")
     configs.check(config)
     if MODE.value == "summary":
         info = data.describe(config.data)
