@@ -40,8 +40,10 @@ class LayerAnalysis:
       moments: Second moments of the terms, E t^2 over images, positions and channels, by kind (see
         `analysis.terms`), before the norm and activation.
       moment: That of the sum of all terms.
-      product_max, product_rms: Of the sum of the terms of second order; 0 if there is none.
-      input_nonfinite: Values of the input that are NaN or infinite; histograms have their own.
+      product_max, product_rms: Of the sum of the terms of second order; 0 if there is none. The
+        largest finite magnitude, and the root of the second moment.
+      product_nonfinite, input_nonfinite: Its values, and the input's, that are NaN or infinite;
+        histograms count their own.
       spectrum: Of the quadratic form, None if there is none.
       map: Output for the first image, `(*spatial, channels)`, the first `CHANNELS` channels.
       first_map, second_map: Its terms of first and of second order, None where there is none.
@@ -57,6 +59,7 @@ class LayerAnalysis:
     moment: float
     product_max: float
     product_rms: float
+    product_nonfinite: int
     input_nonfinite: int
     spectrum: Spectrum | None
     map: np.ndarray
@@ -87,6 +90,7 @@ class LayerAnalysis:
         """Numbers of NaN and infinities."""
         return {
             "input": self.input_nonfinite,
+            "products": self.product_nonfinite,
             "activations": int(self.activations.nonfinite),
             "weights": sum(int(h.nonfinite) for h in self.weights.values()),
             "gradients": sum(int(h.nonfinite) for h in self.gradients.values()),
@@ -198,7 +202,8 @@ def _look(path: str, layer, x: Array, y: Array, gradient) -> LayerAnalysis:
     moments = {kind: float(moments[kind]) for kind in (*KINDS, OTHER) if kind in moments}
     for field in ("moment", "product_max", "product_rms"):
         found[field] = float(found.get(field, 0.0))
-    found["input_nonfinite"] = int(found["input_nonfinite"])
+    for field in ("product_nonfinite", "input_nonfinite"):
+        found[field] = int(found.get(field, 0))
     return LayerAnalysis(
         name=path,
         moments=moments,

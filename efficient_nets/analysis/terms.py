@@ -90,6 +90,8 @@ def measured(graph: nnx.GraphDef, state, x: Array, y: Array, channels: int) -> d
         "second_map": None if second is None else second[0, ..., :channels],
     }
     if second is not None:
-        found["product_max"] = jnp.max(jnp.abs(second))
+        finite = jnp.isfinite(second)
+        found["product_max"] = jnp.max(jnp.abs(second), initial=0.0, where=finite)
         found["product_rms"] = jnp.sqrt(jnp.mean(jnp.square(second)))
+        found["product_nonfinite"] = jnp.sum(~finite)
     return found

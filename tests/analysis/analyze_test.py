@@ -123,6 +123,7 @@ def test_nan_and_infinity_are_counted_where_they_are():
     stem, second, first, head = analysis.analyze(net, images, labels).layers
     assert stem.nonfinite["input"] == 1 and stem.nonfinite["weights"] == 0
     assert stem.nonfinite["activations"] == 4  # a 1x1 kernel spreads it to its position's channels
+    assert second.nonfinite["products"] == 4 * 4  # and a 3x3 one to four positions at the corner
     assert first.nonfinite["weights"] == 2 and second.nonfinite["weights"] == 0
     assert head.nonfinite["activations"] == 6 * 5 and head.nonfinite["gradients"] == 4 * 5
     assert np.isnan(list(head.shares.values())).all() and np.isnan(head.cross)
@@ -136,3 +137,10 @@ def test_bfloat16_products():
         assert one.map.dtype == np.float32
         # 8 bits of mantissa, through four layers.
         assert one.shares == pytest.approx(two.shares, abs=0.05)
+
+
+def test_the_largest_product_is_the_largest_finite_one():
+    layer = Dense(1, 2, spec=LayerSpec("t4"), use_bias=False, rngs=nnx.Rngs(0))
+    layer.a.kernel[...], layer.b.kernel[...] = jnp.asarray([[2.0, jnp.nan]]), jnp.ones((1, 2))
+    (found,) = analysis.analyze(layer, jnp.ones((3, 1)), jnp.zeros(3, jnp.int32)).layers
+    assert (found.product_max, found.product_nonfinite) == (2, 3)

@@ -29,6 +29,13 @@ def texts(figure):
     return [text.get_text() for axis in figure.axes for text in (*axis.texts, axis.title)]
 
 
+def strict_json(path):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
 def test_a_quadratic_net_gets_every_picture(found, tmp_path):
     written = analysis.write_analysis(found, tmp_path, step=7)
     assert {path.stem for path in written} == PICTURES
@@ -48,11 +55,7 @@ def test_a_linear_net_gets_those_that_it_has_something_for(tmp_path):
 
 def test_analysis_json_holds_the_numbers(found, tmp_path):
     analysis.write_analysis(found, tmp_path, step=7)
-
-    def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
-
-    saved = json.loads((tmp_path / "analysis.json").read_text(), parse_constant=refuse)
+    saved = strict_json(tmp_path / "analysis.json")
     assert (saved["step"], saved["images"]) == (7, 6)
     assert saved["loss"] == pytest.approx(found.loss, rel=1e-6)
     for plain, layer in zip(saved["layers"], found.layers, strict=True):
@@ -97,7 +100,8 @@ def test_what_is_not_finite_is_said_and_does_not_stop_the_plots(tmp_path):
     net, (images, labels) = Net(), batch()
     net.first.conv.b.kernel[...] = np.nan * net.first.conv.b.kernel[...]
     found = analysis.analyze(net, images, labels)
-    assert len(analysis.plot_analysis(found, tmp_path)) == len(PICTURES)
+    assert len(analysis.write_analysis(found, tmp_path)) == len(PICTURES)
+    assert strict_json(tmp_path / "analysis.json")["layers"][2]["product_rms"] is None
     assert "144 not finite" in texts(plots.histograms(found))
     assert "not finite" in texts(plots.product_magnitude(found))
     line = next(
