@@ -1,12 +1,23 @@
-"""Looking at nets and runs: what layers cost, the layer table, curves of a run."""
+"""Looking at nets and runs: costs, the layer table, curves, and what is inside of layers."""
 
+from efficient_nets.analysis.analyze import Analysis, LayerAnalysis, analyze, cross_entropy
 from efficient_nets.analysis.cost import LayerCost, layer_costs, model_cost
 from efficient_nets.analysis.curves import plot_curves, read_metrics
+from efficient_nets.analysis.histogram import Histogram, histogram
+from efficient_nets.analysis.spectrum import Spectrum, layer_spectrum
 from efficient_nets.analysis.summary import layer_table, summary_dict
 
 __all__ = [
+    "Analysis",
+    "Histogram",
+    "LayerAnalysis",
     "LayerCost",
+    "Spectrum",
+    "analyze",
+    "cross_entropy",
+    "histogram",
     "layer_costs",
+    "layer_spectrum",
     "layer_table",
     "model_cost",
     "plot_curves",

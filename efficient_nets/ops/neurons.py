@@ -57,6 +57,8 @@ class Neuron:
       biased: The biases belong to the formula: they are there without `use_bias` too.
       rank: Of a low-rank quadratic form, else 0.
       nonnegative: No output is below 0.
+      terms: What `combine` sums, each a branch or two branches that it multiplies; () if it is no
+        such sum. For looking at nets: what each term gives, and the quadratic form they make.
       relinear: For each branch its role in a start as a linear neuron (ReLinear): 'carry' takes the
         linear weights, 'zero' is 0, 'one' is 1, 'fresh' is multiplied by a zero. () if there is no
         such start.
@@ -73,6 +75,7 @@ class Neuron:
     biased: bool = False
     rank: int = 0
     nonnegative: bool = False
+    terms: tuple[tuple[str, ...], ...] = ()
     relinear: tuple[str, ...] = ()
     moments: Callable[[float], tuple[float, ...]] | None = None
 
@@ -112,6 +115,7 @@ _T1 = Neuron(
     _both,
     reads=("form", "x"),
     bias="output",
+    terms=(("q",), ("w",)),
     relinear=("zero", "carry"),
     moments=lambda m: (PRODUCT_SHARE * m, (1 - PRODUCT_SHARE) * m),
 )
@@ -121,22 +125,36 @@ _T2_AND_4 = Neuron(
     lambda g, a, b, c: (g * b, g * a, g),
     products=1,
     reads=("x", "x", "square"),
+    terms=(("a", "b"), ("c",)),
     relinear=("carry", "one", "zero"),
     moments=lambda m: (*_factors(m / 2), m / 2),
 )
 
 NEURONS = {
     "linear": Neuron(
-        ("w",), lambda w: w, lambda g, w: (g,), relinear=("carry",), moments=lambda m: (m,)
+        ("w",),
+        lambda w: w,
+        lambda g, w: (g,),
+        terms=(("w",),),
+        relinear=("carry",),
+        moments=lambda m: (m,),
     ),
     "t1": _T1,
-    "t2": Neuron(("w",), lambda w: w, lambda g, w: (g,), reads=("square",), moments=lambda m: (m,)),
+    "t2": Neuron(
+        ("w",),
+        lambda w: w,
+        lambda g, w: (g,),
+        reads=("square",),
+        terms=(("w",),),
+        moments=lambda m: (m,),
+    ),
     "t3": Neuron(
         ("a",),
         lambda a: a * a,
         lambda g, a: (2 * g * a,),
         products=1,
         nonnegative=True,
+        terms=(("a", "a"),),
         moments=lambda m: (math.sqrt(m / 3),),  # E a^4 = 3 (E a^2)^2 of a Gaussian a
     ),
     "t4": Neuron(
@@ -144,6 +162,7 @@ NEURONS = {
         lambda a, b: a * b,
         lambda g, a, b: (g * b, g * a),
         products=1,
+        terms=(("a", "b"),),
         relinear=("carry", "one"),
         moments=_factors,
     ),
@@ -157,6 +176,7 @@ NEURONS = {
         lambda a, b, c: a * b + c,
         lambda g, a, b, c: (g * b, g * a, g),
         products=1,
+        terms=(("a", "b"), ("c",)),
         relinear=("fresh", "zero", "carry"),
         moments=_with_product,
     ),
@@ -166,6 +186,7 @@ NEURONS = {
         lambda g, a, b: (g * b + g, g * a),
         products=1,
         bias="output",
+        terms=(("a", "b"), ("a",)),
         relinear=("carry", "zero"),
         moments=lambda m: ((1 - PRODUCT_SHARE) * m, PRODUCT_SHARE / (1 - PRODUCT_SHARE)),
     ),
@@ -189,6 +210,11 @@ def _factor_names(rank: int) -> tuple[str, ...]:
     return tuple(f"{side}{r}" for r in range(1, rank + 1) for side in "uv")
 
 
+def _factor_pairs(rank: int) -> tuple[tuple[str, str], ...]:
+    factors = _factor_names(rank)
+    return tuple(zip(factors[::2], factors[1::2], strict=True))
+
+
 def _low_rank_t1(rank: int) -> Neuron:
     return Neuron(
         (*_factor_names(rank), "w"),
@@ -197,6 +223,7 @@ def _low_rank_t1(rank: int) -> Neuron:
         products=rank,
         bias="output",
         rank=rank,
+        terms=(*_factor_pairs(rank), ("w",)),
         relinear=(*("fresh", "zero") * rank, "carry"),
         moments=lambda m: (
             *_factors(PRODUCT_SHARE * m / rank, 2 * rank),
@@ -213,6 +240,7 @@ def _low_rank_cqnn(rank: int) -> Neuron:
         products=rank,
         biased=True,
         rank=rank,
+        terms=_factor_pairs(rank),
         relinear=("carry", "one", *("fresh", "zero") * (rank - 1)),
         moments=lambda m: _factors(m / rank, 2 * rank),
     )

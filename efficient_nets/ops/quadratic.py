@@ -217,14 +217,34 @@ def _normalise_all(static: Unit, zs, norms, used) -> list[Array]:
     return [_normalise(z, norm, of, static.branch_epsilon) for z, norm, of in triples]
 
 
-def _forward(static: Unit, x, kernels, biases, branch_norms, outer_norm, bias):
+def _values(static: Unit, x, kernels, biases, branch_norms):
+    """What is combined, a value a branch, and the moments that their norms used."""
     zs = _branches(static, _maps(static, x, kernels), biases)
-    inner = outer = None
+    used = None
     if branch_norms is not None:
-        inner = tuple(_moments_used(z, norm) for z, norm in zip(zs, branch_norms, strict=True))
-    y = _combine(static, _normalise_all(static, zs, branch_norms, inner), bias)
+        used = tuple(_moments_used(z, norm) for z, norm in zip(zs, branch_norms, strict=True))
+    return _normalise_all(static, zs, branch_norms, used), used
+
+
+def branch_values(static: Unit, x, kernels, biases=None, branch_norms=None) -> list[Array]:
+    """What `static.parts.combine` takes: the branches' values behind bias and norm.
+
+    Args:
+      static, x, kernels, biases, branch_norms: As in `unit`.
+
+    Returns:
+      B arrays `(..., C)` in float32 or wider.
+    """
+    biases, branch_norms, *_ = _prepared(x, biases, branch_norms, None, None)
+    return _values(static, x, kernels, biases, branch_norms)[0]
+
+
+def _forward(static: Unit, x, kernels, biases, branch_norms, outer_norm, bias):
+    hs, inner = _values(static, x, kernels, biases, branch_norms)
+    outer = None
+    y = _combine(static, hs, bias)
     if outer_norm is not None:
-        if len(zs) > 1:
+        if len(hs) > 1:
             y = lax.optimization_barrier(y)  # or XLA normalises all branches into one tensor first
         outer = _moments_used(y, outer_norm)
         y = _normalise(y, outer_norm, outer, static.outer_epsilon)
