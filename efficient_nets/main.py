@@ -10,6 +10,7 @@ from ml_collections import config_flags
 from efficient_nets import config as configs
 from efficient_nets import data, errors, evaluation, experiment, reporting, sharding, workdirs
 from efficient_nets.errors import TrainingDiverged, UserError
+from efficient_nets.inspection import inspect
 from efficient_nets.train import train
 
 FLAGS = flags.FLAGS
@@ -21,9 +22,10 @@ CONFIG = config_flags.DEFINE_config_file(
     accept_new_attributes=True,  # configs.check refuses them, and names the nearest one
 )
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run, else runs/<config's name>.")
-MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "summary"], "What to do.")
-CHECKPOINT = flags.DEFINE_string("checkpoint", "", "eval: the workdir to restore from.")
-STEP = flags.DEFINE_string("step", "newest", "eval: newest, best, or a step.")
+MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "summary", "analyze"], "What to do.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", "", "eval, analyze: the workdir to restore from.")
+STEP = flags.DEFINE_string("step", "newest", "eval, analyze: newest, best, or a step.")
+REFERENCE = flags.DEFINE_string("reference", "", "analyze: an analysed workdir to compare with.")
 DISTRIBUTED = flags.DEFINE_boolean("distributed", False, "One of several processes of a run.")
 
 
@@ -40,6 +42,9 @@ def _run(config, workdir: pathlib.Path) -> None:
         scores = evaluation.evaluate_all(evaluation.evaluators(run), state)
         print(reporting.evaluation_line(step / run.epoch_steps, step, scores))
         workdirs.write_eval(workdir, {"step": step, "checkpoint": str(folder)} | scores)
+    elif MODE.value == "analyze":
+        folder = pathlib.Path(CHECKPOINT.value or workdir)
+        inspect(config, workdir, folder, STEP.value, REFERENCE.value)
     else:
         train(config, workdir)
 

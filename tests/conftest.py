@@ -46,7 +46,7 @@ def command(monkeypatch, capsys):
     def run(*arguments):
         argv = ["main", *map(str, arguments)]
         monkeypatch.setattr(sys, "argv", argv)  # where the config flag looks for its overrides
-        for name in ("config", "workdir", "mode", "checkpoint", "step", "distributed"):
+        for name in ("config", "workdir", "mode", "checkpoint", "step", "reference", "distributed"):
             flags.FLAGS[name].unparse()
         for name in [name for name in flags.FLAGS if name.startswith("config.")]:
             delattr(flags.FLAGS, name)

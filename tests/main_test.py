@@ -125,6 +125,25 @@ def test_a_finished_run_is_not_trained_again(whole, command):
     assert read(whole[0] / "result.json")["params_digest"] == digest
 
 
+def test_analysis_writes_numbers_pictures_and_events_beside_another_run_s(whole, command, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    step = ("--mode=analyze", f"--checkpoint={whole[0]}", "--step=best")
+    status, out, err = command(TINY, *step, f"--workdir={one}")
+    assert status == 0, err
+    found = read(one / "analysis.json")
+    layers = {layer["name"]: layer for layer in found["layers"]}
+    assert found["images"] == 32 and len(layers) == 10  # evaluate.batch_size
+    shares = layers["stage1/0/conv1"]["shares"]
+    assert shares.keys() == {"product", "linear"} and abs(sum(shares.values()) - 1) < 1e-6
+    for path in out.partition("\nplots ")[2].splitlines()[0].split(", "):
+        assert pathlib.Path(path.strip()).stat().st_size > 1000
+    assert list((one / "tensorboard" / "analysis").glob("events*")) and "2 of 36" in out
+    assert {path.name for path in one.iterdir()} == {"analysis.json", "plots", "tensorboard"}
+    status, out, err = command(TINY, *step, f"--workdir={two}", f"--reference={one}")
+    assert status == 0 and "beside_reference.png" in out, err
+    assert read(two / "analysis.json") == found
+
+
 # Mistakes
 
 
@@ -153,10 +172,11 @@ def test_a_finished_run_is_not_trained_again(whole, command):
         ("--config=tests/tiny_config.py:big", r"get_config\(\) takes 0 positional arguments"),
         ("--config=configs/resnet.py:cifar11", "'cifar11' is not known:.* mean 'cifar10'"),
         ("--config=configs/resnet.py", "not prepared .* efficient_nets.data.prepare cifar10"),
-        ("--mode=test", "--mode=test: value should be one of <train|eval|summary>"),
+        ("--mode=test", "--mode=test: value should be one of <train|eval|summary|analyze>"),
         ("--workdri=x", "Unknown command line flag 'workdri'. Did you mean: workdir"),
         ("train", "unknown argument 'train'"),
         ("--mode=eval", "holds no checkpoint"),
+        ("--mode=analyze", "holds no checkpoint"),
     ],
 )
 def test_a_mistake_gives_one_line_that_says_what_is_wrong(fails, flag, message):
@@ -166,6 +186,13 @@ def test_a_mistake_gives_one_line_that_says_what_is_wrong(fails, flag, message):
 def test_a_step_that_was_not_saved_lists_those_that_were(whole, fails):
     message = fails(TINY, "--mode=eval", f"--checkpoint={whole[0]}", "--step=7")
     assert "which=7" in message and "[10, 5]" in message
+
+
+def test_a_reference_that_was_not_analysed_is_named(whole, fails):
+    message = fails(
+        TINY, "--mode=analyze", f"--checkpoint={whole[0]}", f"--reference={whole[0]}/plots"
+    )
+    assert f"--reference={whole[0]}/plots holds no analysis.json" in message
 
 
 def test_a_checkpoint_of_another_net_is_refused(whole, fails):

@@ -1,9 +1,17 @@
 """Looking at nets and runs: costs, the layer table, curves, and what is inside of layers."""
 
+from efficient_nets.analysis import maps, plots
 from efficient_nets.analysis.analyze import Analysis, LayerAnalysis, analyze, cross_entropy
 from efficient_nets.analysis.cost import LayerCost, layer_costs, model_cost
 from efficient_nets.analysis.curves import plot_curves, read_metrics
 from efficient_nets.analysis.histogram import Histogram, histogram
+from efficient_nets.analysis.plots import plot_analysis
+from efficient_nets.analysis.report import (
+    add_histogram,
+    analysis_table,
+    read_activations,
+    write_analysis,
+)
 from efficient_nets.analysis.spectrum import Spectrum, layer_spectrum
 from efficient_nets.analysis.summary import layer_table, summary_dict
 
@@ -13,14 +21,21 @@ __all__ = [
     "LayerAnalysis",
     "LayerCost",
     "Spectrum",
+    "add_histogram",
+    "analysis_table",
     "analyze",
     "cross_entropy",
     "histogram",
     "layer_costs",
     "layer_spectrum",
     "layer_table",
+    "maps",
     "model_cost",
+    "plot_analysis",
     "plot_curves",
+    "plots",
+    "read_activations",
     "read_metrics",
     "summary_dict",
+    "write_analysis",
 ]

@@ -1,0 +1,64 @@
+"""`--mode=analyze`: a checkpoint of a run, looked into with one batch of held-out images."""
+
+import contextlib
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from ml_collections import ConfigDict
+
+from efficient_nets import analysis, data, experiment, sharding, workdirs
+from efficient_nets.errors import UserError
+from efficient_nets.experiment import Experiment
+
+
+def inspect(
+    config: ConfigDict, workdir: pathlib.Path, folder: pathlib.Path, which: str, reference: str = ""
+) -> None:
+    """Writes analysis.json, plots/analysis/ and tensorboard/analysis/, and prints a table.
+
+    On one device, whatever the run's devices.
+
+    Args:
+      config: Of the run.
+      workdir: Where the files go.
+      folder: The run's workdir, or the checkpoints folder in one.
+      which: 'newest', 'best' or a step.
+      reference: A workdir that was analysed before, whose activations to show beside these, or "".
+
+    Raises:
+      UserError: if there is no such checkpoint, no held-out split, or nothing in `reference`.
+    """
+    beside = analysis.read_activations(pathlib.Path(reference)) if reference else None
+    run = experiment.build(config, data.load(config.data))
+    state = workdirs.restore_for_evaluation(run, folder, which)
+    params, stats = sharding.fetch((state.ema or state.params, state.stats))
+    if jax.process_index() > 0:
+        return
+    images, labels = first_batch(run)
+
+    def loss(logits, labels):
+        return run.task.loss(logits, jax.nn.one_hot(labels, run.dataset.info.num_classes))[0]
+
+    found = analysis.analyze(nnx.merge(run.graph, params, stats), images, labels, loss)
+    pictures = analysis.write_analysis(found, workdir, int(state.step), beside)
+    print(analysis.analysis_table(found))
+    print(f"result       {workdir / 'analysis.json'}")
+    print(f"plots        {', '.join(map(str, pictures))}")
+    print(f"tensorboard  tensorboard --logdir {workdir / 'tensorboard'}", flush=True)
+
+
+def first_batch(run: Experiment) -> tuple[Array, Array]:
+    """Normalised images `(N, H, W, C)` and labels `(N,)` of the validation, else the test split.
+
+    N is `evaluate.batch_size`, or less where the split is smaller.
+    """
+    source = run.dataset.validation or run.dataset.test
+    if source is None:
+        raise UserError("data.validation='' and data.test='': one of them is needed for a batch")
+    size = min(run.config.evaluate.batch_size, len(source))
+    with contextlib.closing(data.eval_batches(source, size)) as batches:
+        batch = data.gather(source.resident, next(batches))
+    return data.normalise(jnp.asarray(batch["image"]), run.dataset.info), batch["label"]
