@@ -105,7 +105,13 @@ def defaults() -> ConfigDict:
             rules=(dict(match="kernel", shard="fsdp"),),  # shard: 'fsdp' or 'replicate'
         )
     )
-    config.log = ConfigDict(dict(every_steps=50, tensorboard=True))
+    config.log = ConfigDict(
+        dict(
+            every_steps=50,
+            tensorboard=True,
+            histograms_every_epochs=0.0,  # of weights, when evaluating; 0: none
+        )
+    )
     return config
 
 
@@ -126,6 +132,10 @@ def check(config: ConfigDict) -> None:
             raise UserError(
                 f"{field}={config[section][key]}: allowed 0 up to, not including, {highest}"
             )
+    if not config.log.histograms_every_epochs >= 0:
+        raise UserError(
+            f"log.histograms_every_epochs={config.log.histograms_every_epochs}: must not be below 0"
+        )
     names.pick("dtype", config.dtype, {"float32": None, "bfloat16": None})
     paths.check_rules("layers", config.layers, rules.FIELDS)
     paths.check_rules("optimizer.rules", config.optimizer.rules, optim.RULE_FIELDS)

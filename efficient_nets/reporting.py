@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from efficient_nets import analysis
 from efficient_nets.errors import TrainingDiverged
 
 
@@ -56,6 +57,7 @@ class Reporter:
     ):
         self.active = jax.process_index() == 0
         self._file = self._board = None
+        self._workdir = workdir
         if self.active:
             self._file = MetricsFile(workdir / "metrics.jsonl", first_step)
         if self.active and tensorboard:
@@ -84,6 +86,14 @@ class Reporter:
         if self._board is not None:
             for name, value in scalars.items():
                 self._board.add_scalar(name, value, step)
+
+    def histograms(self, step: int, histograms: Mapping[str, analysis.Histogram]) -> None:
+        """Writes `histograms/STEP.npz`, and TensorBoard's."""
+        if self.active:
+            analysis.save_histograms(self._workdir, step, histograms)
+        if self._board is not None:
+            for name, histogram in histograms.items():
+                analysis.add_histogram(self._board, name, histogram, step)
 
     def line(self, text: str) -> None:
         if self.active:

@@ -20,8 +20,8 @@ from flax import nnx
 from jax import lax
 from ml_collections import ConfigDict
 
+from efficient_nets import analysis, data, experiment, optim, paths, reporting, sharding, workdirs
 from efficient_nets import config as configs
-from efficient_nets import data, experiment, optim, paths, reporting, sharding, workdirs
 from efficient_nets.checkpoint import Checkpoints
 from efficient_nets.errors import TrainingDiverged
 from efficient_nets.evaluation import evaluate_all, evaluators, put_resident
@@ -85,6 +85,8 @@ def _loop(run: Experiment, state, meta, evaluation, checkpoints, reporter):
         functools.partial(train_steps, run), static_argnames="count", donate_argnums=0
     )
     meter = reporting.Meter(meta, reporter, config.train.batch_size, config.log.every_steps)
+    if step == 0:
+        _write_histograms(run, state, step, reporter)
     with Preemption() as preemption:
         for count, batch in _dispatches(run, step, on_device=resident is not None):
             state, metrics = step_fn(state, batch, resident, count=count)
@@ -95,6 +97,7 @@ def _loop(run: Experiment, state, meta, evaluation, checkpoints, reporter):
                 meter.settle()
                 with meter.paused():
                     scores = evaluate_all(evaluation[:1], state)
+                    _write_histograms(run, state, step, reporter)
                 reporter.scalars(step, scores)
                 reporter.line(reporting.evaluation_line(step / run.epoch_steps, step, scores))
             stop = preemption.reached(step)
@@ -107,6 +110,17 @@ def _loop(run: Experiment, state, meta, evaluation, checkpoints, reporter):
                 reporter.line(f"Stopped by SIGTERM; saved step {step}. The same command goes on.")
                 preemption.exit()
     return state, meta
+
+
+def _write_histograms(run: Experiment, state: TrainState, step: int, reporter) -> None:
+    """Of weights and running averages: at both ends, and at the first evaluation of each period."""
+    epochs = run.config.log.histograms_every_epochs
+    if not epochs:
+        return
+    period, since = run.steps(epochs), run.steps(run.config.evaluate.every_epochs)
+    if step in (0, run.total_steps) or step // period > (step - since) // period:
+        arrays = sharding.fetch({"params": state.params, "stats": state.stats})
+        reporter.histograms(step, analysis.histograms_of(arrays))
 
 
 def train_steps(run: Experiment, state: TrainState, batch, resident, *, count: int):

@@ -1,7 +1,8 @@
 """A run's folder: whose it is, and the files it ends up with.
 
 config.json  summary.txt  summary.json  metrics.jsonl  tensorboard/  checkpoints/  plots/
-result.json  (eval.json after --mode=eval)
+result.json  (eval.json after --mode=eval; analysis.json, plots/analysis/, tensorboard/analysis/
+after --mode=analyze; histograms/ if log.histograms_every_epochs)
 """
 
 import os
@@ -62,6 +63,7 @@ def write_result(workdir: pathlib.Path, result: dict[str, Any]) -> None:
         return
     reporting.write_json(workdir / "result.json", result)
     plots = analysis.plot_curves(workdir / "metrics.jsonl", workdir / "plots")
+    plots += analysis.plot_history(workdir)
     shown = {k: v for k, v in result.items() if k.endswith("accuracy")}
     print("  ".join(f"{name} {100 * value:.2f}%" for name, value in shown.items()))
     print(f"result       {workdir / 'result.json'}")

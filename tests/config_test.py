@@ -47,6 +47,7 @@ def test_a_missing_field_is_named():
         ("train", "ema", 1.0, "allowed 0 up to"),
         ("train", "batch_size", 0, "must be above 0"),
         ("checkpoint", "every_epochs", -1.0, "must be above 0"),
+        ("log", "histograms_every_epochs", -1.0, "must not be below 0"),
     ],
 )
 def test_a_wrong_value_names_field_value_and_what_is_needed(section, field, value, needed):

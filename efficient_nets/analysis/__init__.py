@@ -5,6 +5,7 @@ from efficient_nets.analysis.analyze import Analysis, LayerAnalysis, analyze, cr
 from efficient_nets.analysis.cost import LayerCost, layer_costs, model_cost
 from efficient_nets.analysis.curves import plot_curves, read_metrics
 from efficient_nets.analysis.histogram import Histogram, histogram
+from efficient_nets.analysis.history import histograms_of, plot_history, save_histograms
 from efficient_nets.analysis.plots import plot_analysis
 from efficient_nets.analysis.report import (
     add_histogram,
@@ -26,6 +27,7 @@ __all__ = [
     "analyze",
     "cross_entropy",
     "histogram",
+    "histograms_of",
     "layer_costs",
     "layer_spectrum",
     "layer_table",
@@ -33,9 +35,11 @@ __all__ = [
     "model_cost",
     "plot_analysis",
     "plot_curves",
+    "plot_history",
     "plots",
     "read_activations",
     "read_metrics",
+    "save_histograms",
     "summary_dict",
     "write_analysis",
 ]
