@@ -33,8 +33,7 @@ def inspect(
     """
     beside = analysis.read_activations(pathlib.Path(reference)) if reference else None
     run = experiment.build(config, data.load(config.data))
-    state = workdirs.restore_for_evaluation(run, folder, which)
-    params, stats = sharding.fetch((state.ema or state.params, state.stats))
+    net, step = restored_net(run, folder, which)
     if jax.process_index() > 0:
         return
     images, labels = first_batch(run)
@@ -42,12 +41,19 @@ def inspect(
     def loss(logits, labels):
         return run.task.loss(logits, jax.nn.one_hot(labels, run.dataset.info.num_classes))[0]
 
-    found = analysis.analyze(nnx.merge(run.graph, params, stats), images, labels, loss)
-    pictures = analysis.write_analysis(found, workdir, int(state.step), beside)
+    found = analysis.analyze(net, images, labels, loss)
+    pictures = analysis.write_analysis(found, workdir, step, beside)
     print(analysis.analysis_table(found))
     print(f"result       {workdir / 'analysis.json'}")
     print(f"plots        {', '.join(map(str, pictures))}")
     print(f"tensorboard  tensorboard --logdir {workdir / 'tensorboard'}", flush=True)
+
+
+def restored_net(run: Experiment, folder: pathlib.Path, which: str) -> tuple[nnx.Module, int]:
+    """The net of a checkpoint, with averaged weights if any, on the host; and its step."""
+    state = workdirs.restore_for_evaluation(run, folder, which)
+    params, stats = sharding.fetch((state.ema or state.params, state.stats))
+    return nnx.merge(run.graph, params, stats), int(state.step)
 
 
 def first_batch(run: Experiment) -> tuple[Array, Array]:

@@ -1,4 +1,4 @@
-"""The Colab notebook: its cells run in order, in a folder of their own, as a person runs them."""
+"""The notebooks: their cells run in order, in a folder of their own, as a person runs them."""
 
 import json
 import os
@@ -6,12 +6,13 @@ import pathlib
 import subprocess
 import sys
 
-ROOT = pathlib.Path(__file__).parent.parent
-NOTEBOOK = json.loads((ROOT / "launch" / "colab.ipynb").read_text())
-CELLS = ["".join(c["source"]) for c in NOTEBOOK["cells"] if c["cell_type"] == "code"]
+import pytest
 
-# What Jupyter is to the cells: one namespace, and something that displays. EPOCHS is what a person
-# would change in the first cell.
+ROOT = pathlib.Path(__file__).parent.parent
+NOTEBOOKS = sorted(path.name for path in (ROOT / "launch").glob("*.ipynb"))
+
+# What Jupyter is to the cells: one namespace, and something that displays. It takes the cells, what
+# a person would change in the first one, and what must hold at the end.
 JUPYTER = """
 import json, sys, types
 
@@ -21,7 +22,8 @@ display.Image = lambda filename, width: open(filename, "rb").read(8)
 display.display = displayed.append
 stand_ins = {"IPython": types.ModuleType("IPython"), "IPython.display": display}
 namespace = {"__name__": "__main__"}
-for number, cell in enumerate(json.load(sys.stdin)):
+cells, settings, check = json.load(sys.stdin)
+for number, cell in enumerate(cells):
     if "import Image, display" in cell:  # and in no other: libraries ask IPython for more
         assert cell.count("import ") == 1
         sys.modules.update(stand_ins)
@@ -29,39 +31,69 @@ for number, cell in enumerate(json.load(sys.stdin)):
     for name in stand_ins:
         sys.modules.pop(name, None)
     if number == 0:
-        namespace["EPOCHS"] = 0.5
+        assert settings.keys() <= namespace.keys()
+        namespace.update(settings)
 assert len(displayed) >= 2 and set(displayed) == {b"\\x89PNG\\r\\n\\x1a\\n"}, displayed
-for name in "test/accuracy", "test/loss":  # the best checkpoint is the only one
-    assert abs(namespace["scores"][name] - namespace["result"][name]) < 1e-6
+exec(check, namespace | {"displayed": displayed})
 """
 
+# Settings, what must hold at the end, what is printed, and a file that is left.
+RUNS = {
+    "colab.ipynb": (
+        {"EPOCHS": 0.5},
+        "for name in 'test/accuracy', 'test/loss':  # the best checkpoint is the only one\n"
+        "    assert abs(scores[name] - result[name]) < 1e-6",
+        "ours+branch",
+        "runs/quickstart-0.5/result.json",
+    ),
+    "analysis.ipynb": (
+        {"EPOCHS": 0.5, "WORKDIR": "runs/looked_into"},
+        "assert len(displayed) == 7  # six of the net, and its weights over training\n"
+        "assert [layer.neuron for layer in own.layers] == ['t1:2', 'linear']",
+        "stage1/0/conv1: n = 144",
+        "runs/looked_into/analysis.json",
+    ),
+}
 
-def test_it_holds_no_outputs():
-    for cell in NOTEBOOK["cells"]:
+
+def notebook(name):
+    return json.loads((ROOT / "launch" / name).read_text())
+
+
+def code(name):
+    return ["".join(c["source"]) for c in notebook(name)["cells"] if c["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_it_holds_no_outputs(name):
+    for cell in notebook(name)["cells"]:
         assert not cell.get("outputs") and cell.get("execution_count") is None
 
 
-def test_its_cells_run_in_order(tmp_path):
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_its_cells_run_in_order(name, tmp_path):
+    settings, check, printed, left = RUNS[name]
     xla = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
     env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": xla}
     result = subprocess.run(
         [sys.executable, "-c", JUPYTER],
-        input=json.dumps(CELLS),
+        input=json.dumps([code(name), settings, check]),
         env=env,
         cwd=tmp_path,
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    assert "ours+branch" in result.stdout
-    assert (tmp_path / "runs" / "quickstart-0.5" / "result.json").exists()
+    assert printed in result.stdout
+    assert (tmp_path / left).exists()
 
 
-def test_where_the_package_is_missing_it_asks_for_the_repository(tmp_path):
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_where_the_package_is_missing_it_asks_for_the_repository(name, tmp_path):
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    # An editable installation puts the project's own folder on the path, beside site-packages.
-    hidden = f"'site-packages' in path or path == {str(ROOT)!r}"
-    hide = f"import sys; sys.path[:] = [path for path in sys.path if not ({hidden})]\n"
-    command = [sys.executable, "-c", hide + "\n".join(CELLS[:2])]
+    # An editable installation puts a folder of the project on the path, beside site-packages.
+    hidden = "'site-packages' in path or os.path.isdir(os.path.join(path, 'efficient_nets'))"
+    hide = f"import os, sys; sys.path[:] = [path for path in sys.path if not ({hidden})]\n"
+    command = [sys.executable, "-c", hide + "\n".join(code(name)[:2])]
     result = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 1 and "Set REPOSITORY in the first cell" in result.stderr

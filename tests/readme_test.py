@@ -45,7 +45,8 @@ class Reader:
 
     def main(self, words):
         """The command itself, on 16 digits and a 16th of the channels, with its folders moved."""
-        words = [re.sub("^(--(?:workdir|checkpoint)=)", rf"\1{self.folder}/", w) for w in words]
+        moved = "^(--(?:workdir|checkpoint|reference)=)"
+        words = [re.sub(moved, rf"\1{self.folder}/", word) for word in words]
         if not any(word.startswith("--workdir") for word in words):
             words.append(f"--workdir={self.folder}/default")
         if "--mode=summary" not in words:
