@@ -1,6 +1,7 @@
 """Accuracy of a train state over a whole split: every sample once, none augmented."""
 
 import functools
+import time
 from collections.abc import Iterator
 
 import jax
@@ -24,13 +25,29 @@ class Evaluator:
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """`{'<split>/loss': x, '<split>/accuracy': y}`, of the averaged weights if any."""
-        weights = state.ema or state.params
-        scores = sharding.put_replicated(
-            jax.device_get(self._experiment.task.empty_scores()), self._experiment.mesh
-        )
+        weights, scores = state.ema or state.params, self._empty_scores()
         for batch in self._batches():
             scores = self._step(weights, state.stats, batch, scores, self._resident)
         return {f"{self.split}/{k}": v for k, v in classification.summarise(scores).items()}
+
+    def seconds(self, state: TrainState, repeats: int = 10) -> float:
+        """Time of one batch of `config.evaluate.batch_size`, forward: the least of `repeats`.
+
+        The least, as whatever else the machine does can only add to it.
+        """
+        batches, weights, times = self._batches(), state.ema or state.params, []
+        batch = next(batches)
+        batches.close()
+        for _ in range(1 + repeats):  # the first may compile
+            scores = jax.block_until_ready(self._empty_scores())
+            begin = time.perf_counter()
+            jax.block_until_ready(self._step(weights, state.stats, batch, scores, self._resident))
+            times.append(time.perf_counter() - begin)
+        return min(times[1:])
+
+    def _empty_scores(self):
+        scores = jax.device_get(self._experiment.task.empty_scores())
+        return sharding.put_replicated(scores, self._experiment.mesh)
 
     def _batches(self) -> Iterator[dict]:
         size = self._experiment.config.evaluate.batch_size
