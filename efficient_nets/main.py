@@ -10,6 +10,7 @@ from ml_collections import config_flags
 from efficient_nets import config as configs
 from efficient_nets import data, errors, evaluation, experiment, reporting, sharding, workdirs
 from efficient_nets.errors import TrainingDiverged, UserError
+from efficient_nets.search import auto_builder
 from efficient_nets.train import train
 
 FLAGS = flags.FLAGS
@@ -40,6 +41,8 @@ def _run(config, workdir: pathlib.Path) -> None:
         scores = evaluation.evaluate_all(evaluation.evaluators(run), state)
         print(reporting.evaluation_line(step / run.epoch_steps, step, scores))
         workdirs.write_eval(workdir, {"step": step, "checkpoint": str(folder)} | scores)
+    elif config.builder.budget:
+        auto_builder.build(config, workdir, train)
     else:
         train(config, workdir)
 

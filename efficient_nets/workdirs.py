@@ -19,6 +19,9 @@ from efficient_nets import config as configs
 from efficient_nets.errors import UserError
 from efficient_nets.experiment import Experiment, TrainState
 
+# A run has written one of these as soon as there is something to lose.
+STARTED = ("metrics.jsonl", "builder.json")
+
 
 def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
     """Makes the folder and writes config.json, or checks that the run in it is this config's.
@@ -27,7 +30,7 @@ def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
       UserError: if it holds another config's run (naming the fields), or cannot be written to.
     """
     path = workdir / "config.json"
-    if path.exists() and (workdir / "metrics.jsonl").exists():  # written when training starts
+    if path.exists() and any((workdir / name).exists() for name in STARTED):
         if differences := configs.differences(config, path.read_text()):
             raise UserError(
                 f"workdir {workdir} holds a run of another config ({'; '.join(differences)}): "
