@@ -136,6 +136,19 @@ def defaults() -> ConfigDict:
             convert_from="",  # a workdir whose trained net `layers` are applied to
         )
     )
+    config.builder = ConfigDict(  # search.auto_builder: removes layers until a budget is met
+        dict(
+            budget="",  # what is cut: params, macs, or seconds of a forward batch; "": no builder
+            keep=0.6,  # share of the first net's that may stay
+            accuracy_floor=0.0,  # on the validation split; a round below it is not taken
+            candidates=r"conv",  # regular expression of the layers that may go
+            layers_per_round=1,
+            mask_fraction=0.5,  # share of a layer's weights that a mask sets to zero
+            mask_seeds=3,  # masks a layer, whose effects are averaged
+            finetune_epochs=1.0,  # after each removal
+            finetune_rate=0.5,  # factor of optimizer.learning_rate there
+        )
+    )
     config.sharding = ConfigDict(
         dict(
             fsdp=1,  # devices over which matching parameters are cut; the rest are data parallel

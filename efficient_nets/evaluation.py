@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import time
 from collections.abc import Iterator
 
 import jax
@@ -26,13 +27,29 @@ class Evaluator:
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """`{'<split>/loss': x, '<split>/accuracy': y}`, of the averaged net if there is one."""
-        net = state.ema or {"params": state.params, "stats": state.stats}
-        scores = sharding.put_replicated(
-            jax.device_get(self._run.task.empty_scores()), self._run.mesh
-        )
+        net, scores = _net(state), self._empty_scores()
         for batch in self._batches():
             scores = self._step(net, batch, scores, self._resident)
         return {f"{self.split}/{k}": v for k, v in classification.summarise(scores).items()}
+
+    def seconds(self, state: TrainState, repeats: int = 10) -> float:
+        """Time of one batch of `config.evaluate.batch_size`, forward: the least of `repeats`.
+
+        The least, as whatever else the machine does can only add to it.
+        """
+        batches, net, times = self._batches(), _net(state), []
+        batch = next(batches)
+        batches.close()
+        for _ in range(1 + repeats):  # the first may compile
+            scores = jax.block_until_ready(self._empty_scores())
+            begin = time.perf_counter()
+            jax.block_until_ready(self._step(net, batch, scores, self._resident))
+            times.append(time.perf_counter() - begin)
+        return min(times[1:])
+
+    def _empty_scores(self):
+        scores = jax.device_get(self._run.task.empty_scores())
+        return sharding.put_replicated(scores, self._run.mesh)
 
     def _batches(self) -> Iterator[dict]:
         mesh = self._run.mesh
@@ -58,6 +75,10 @@ def evaluate(config: ConfigDict, workdir: pathlib.Path, folder: pathlib.Path, wh
     if jax.process_index() == 0:
         print(reporting.evaluation_line(step / run.epoch_steps, step, scores))
     workdirs.write_eval(workdir, {"step": step, "checkpoint": str(folder)} | scores)
+
+
+def _net(state: TrainState) -> dict:
+    return state.ema or {"params": state.params, "stats": state.stats}
 
 
 def _step(run: Experiment, net, batch, scores, resident):

@@ -12,6 +12,7 @@ from efficient_nets import data, errors, experiment, names, sharding, workdirs
 from efficient_nets.errors import TrainingDiverged, UserError
 from efficient_nets.evaluation import evaluate
 from efficient_nets.inspection import inspect
+from efficient_nets.search import auto_builder
 from efficient_nets.train import train
 
 FLAGS = flags.FLAGS
@@ -49,6 +50,8 @@ def _run(config, workdir: pathlib.Path) -> None:
     elif MODE.value == "analyze":
         folder = names.local_folder("--checkpoint", CHECKPOINT.value or str(workdir))
         inspect(config, workdir, folder, STEP.value, REFERENCE.value)
+    elif config.builder.budget:
+        auto_builder.build(config, workdir, train)
     else:
         train(config, workdir)
 

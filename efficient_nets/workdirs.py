@@ -28,6 +28,10 @@ def default(config_file: str) -> str:
     return "runs/" + re.sub(r"[^\w.=-]", "_", name)
 
 
+# What a workdir may hold beside checkpoints that another config must not overwrite.
+FINISHED = ("result.json", "builder.json")
+
+
 def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
     """Makes the folder and writes config.json, or checks that the run in it is this config's.
 
@@ -37,8 +41,9 @@ def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
       UserError: if it holds another config's run (naming the fields), or cannot be written to.
     """
     path = workdir / "config.json"
-    saved = checkpoint.Checkpoints(workdir / "checkpoints", create=False).steps()
-    if (saved or (workdir / "result.json").exists()) and (found := _differences(workdir, config)):
+    taken = checkpoint.Checkpoints(workdir / "checkpoints", create=False).steps()
+    taken = taken or any((workdir / name).exists() for name in FINISHED)
+    if taken and (found := _differences(workdir, config)):
         raise UserError(
             f"workdir {workdir} holds a run of another config ({'; '.join(found)}): "
             "give another --workdir, or the same config"

@@ -55,6 +55,41 @@ class Geometry:
         )
 
     @property
+    def keeps_shape(self) -> bool:
+        """The output has the input's shape, so that the identity can stand in."""
+        return self.in_features == self.features and set(self.strides) <= {1} and self._pads_fully
+
+    @property
+    def _pads_fully(self) -> bool:
+        """The window never shrinks the map: at stride s, S positions become ceil(S / s)."""
+        spans = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        if isinstance(self.padding, str):
+            return self.padding == "SAME" or not any(spans)
+        return [low + high for low, high in self.padding] == spans
+
+    def adapter(self) -> "Geometry":
+        """The 1x1 convolution with this one's channels, groups and strides, output shape too.
+
+        Raises:
+          UserError: if there is none: a dense layer has no window to give up, and where the window
+            shrinks the map, a 1x1 one would not.
+        """
+        if not self.kernel_size:
+            raise UserError(
+                f"a dense layer from {self.in_features} to {self.features} features cannot be "
+                "removed: nothing smaller changes the width"
+            )
+        if not self._pads_fully:
+            raise UserError(
+                f"a convolution with kernel_size={self.kernel_size} and padding={self.padding} "
+                "cannot be removed: it shrinks the map, which only its window does"
+            )
+        rank = len(self.kernel_size)
+        return dataclasses.replace(
+            self, kernel_size=(1,) * rank, padding=((0, 0),) * rank, dilation=(1,) * rank
+        )
+
+    @property
     def inputs(self) -> int:
         """n, the number of inputs of an output value."""
         return math.prod(self.kernel_shape[:-1])

@@ -30,12 +30,13 @@ class Layer(nnx.Module):
       One `Branch` a branch of the neuron, under its name: `w` for linear, `a`, `b`, `c` for `ours`.
       bias: Of the combined value `(features,)`, in neurons that have it there, else None.
       watch: Static; what each call is shown to, see `observe.watched`.
+      removed: Static; the layer has become the identity and has no parameters.
     """
 
     watch = None
 
     def __init__(self, geometry: Geometry, spec: LayerSpec | None, rngs: nnx.Rngs):
-        self.geometry, self.spec = geometry, spec or LayerSpec()
+        self.geometry, self.spec, self.removed = geometry, spec or LayerSpec(), False
         self._make_branches(rngs)
 
     def _make_branches(self, rngs: nnx.Rngs, linear: neurons.Branch | None = None) -> None:
@@ -63,6 +64,25 @@ class Layer(nnx.Module):
         for name in before.branches:
             delattr(self, name)
         self._make_branches(rngs, linear)
+
+    def remove(self, rngs: nnx.Rngs) -> None:
+        """Makes this layer the least that its place allows.
+
+        That is the identity where the output has the input's shape, and then the norm and the
+        activation behind it go too; else a channel adapter: a linear 1x1 convolution, with fresh
+        parameters, the same strides and groups, norm and activation.
+
+        Raises:
+          UserError: if neither can stand in, see `Geometry.adapter`.
+        """
+        adapter = None if self.geometry.keeps_shape else self.geometry.adapter()
+        for name in self.spec.branches:
+            delattr(self, name)
+        self.bias = nnx.data(None)
+        self.spec, self.removed = LayerSpec(), adapter is None
+        if adapter is not None:
+            self.geometry = adapter
+            self._make_branches(rngs)
 
     @property
     def linear_map(self) -> linear_maps.DenseMap | linear_maps.ConvMap:
@@ -194,7 +214,8 @@ def layer_norm_act(
     """`activation(norm(layer(x)))`, as one unit where the hybrid backward can take both in.
 
     Models call it instead of the three in turn: then a quadratic layer followed by a batch norm and
-    an activation keeps nothing but its input for the backward pass.
+    an activation keeps nothing but its input for the backward pass. A layer that was removed is x,
+    and so is its whole unit.
 
     Args:
       x: `(N, *spatial, in_features)`.
@@ -204,6 +225,10 @@ def layer_norm_act(
     """
     geometry = layer.geometry
     layer.check_input(x)
+    if layer.removed:
+        if norm is not None:
+            raise UserError("a layer was removed, but its norm was not: see `rules.norm_name`")
+        return x
     whole = norm is None or isinstance(norm, norms.BatchNorm)
     if isinstance(norm, norms.BatchNorm) and norm.num_features != geometry.features:
         raise UserError(

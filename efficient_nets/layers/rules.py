@@ -1,4 +1,7 @@
-"""`convert(model, rules)`: gives every Dense and Conv of a plain model its axes, by path."""
+"""`convert(model, rules)`: gives every Dense and Conv of a plain model its axes, by path.
+
+A rule with `remove=True` takes its layers out: see `Layer.remove`.
+"""
 
 import dataclasses
 import re
@@ -14,14 +17,27 @@ from efficient_nets.errors import UserError
 from efficient_nets.layers.linear import Layer
 from efficient_nets.layers.spec import LayerSpec
 
-FIELDS = ("match", *(field.name for field in dataclasses.fields(LayerSpec)))
+REMOVE = "remove"
+FIELDS = ("match", REMOVE, *(field.name for field in dataclasses.fields(LayerSpec)))
 
 
 def layers(model: nnx.Module) -> Iterator[tuple[str, Layer]]:
-    """Every Dense and Conv with its path, such as `stage1/0/conv2`, sorted by path."""
+    """Every Dense and Conv with its path, such as `stage1/0/conv2`, sorted by path.
+
+    Those that a rule removed are left out; the channel adapters that replace some are not.
+    """
     for path, node in nnx.iter_graph(model):
-        if isinstance(node, Layer):
+        if isinstance(node, Layer) and not node.removed:
             yield "/".join(map(str, path)), node
+
+
+def norm_name(layer: str) -> str:
+    """By convention the name of the norm behind a layer, both being attributes of one module.
+
+    `norm` for `conv`, `norm1` for `conv1`, and `stem_norm` for `stem`, `depthwise`, ... alike.
+    """
+    conv = re.fullmatch(r"conv(\d*)", layer)
+    return f"norm{conv[1]}" if conv else f"{layer}_norm"
 
 
 def convert(model: nnx.Module, rules: Sequence[Mapping], key: jax.Array) -> nnx.Module:
@@ -34,16 +50,17 @@ def convert(model: nnx.Module, rules: Sequence[Mapping], key: jax.Array) -> nnx.
     Args:
       model: Any Flax NNX module that holds `Dense` and `Conv` layers.
       rules: Mappings with `match`, a regular expression searched for in the layer's path, and any
-        fields of `LayerSpec`. The first match wins; a layer that no rule matches, and a rule with
-        `match` alone, leave the layer as it is.
+        fields of `LayerSpec`, or `remove=True` alone. The first match wins; a layer that no rule
+        matches, and a rule with `match` alone, leave the layer as it is.
       key: Where changed layers get fresh parameters, they are drawn from this key and the layer's
         path, so they do not depend on the other rules.
 
     Raises:
       UserError: if a rule has an unknown field or member, or matches no layer, or only layers that
-        an earlier rule has taken.
+        an earlier rule has taken, or removes a layer that nothing smaller can replace.
     """
     paths.check_rules("layers", rules, FIELDS)
+    _check_removals(rules)
     model = nnx.clone(model)
     found = dict(layers(model))
     if rules and not found:
@@ -53,12 +70,42 @@ def convert(model: nnx.Module, rules: Sequence[Mapping], key: jax.Array) -> nnx.
     for path, layer in found.items():
         if matched_by[path] is None:
             continue
-        path_key = jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
+        rule, rngs = rules[matched_by[path]], nnx.Rngs(_path_key(key, path))
         try:
-            layer.respecify(_spec(rules[matched_by[path]], layer), nnx.Rngs(path_key))
+            if REMOVE in rule:
+                layer.remove(rngs)
+            else:
+                layer.respecify(_spec(rule, layer), rngs)
         except UserError as error:
             raise UserError(f"layers[{matched_by[path]}]: {path}: {error}") from error
+    _drop_norms_of_removed(model)
     return model
+
+
+def _path_key(key: jax.Array, path: str) -> jax.Array:
+    """Random numbers of one layer, that do not depend on which others there are."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
+
+
+def _drop_norms_of_removed(model: nnx.Module) -> None:
+    nodes = dict(nnx.iter_graph(model))
+    for path, node in nodes.items():
+        if path and isinstance(node, Layer) and node.removed:
+            parent, name = nodes[path[:-1]], norm_name(str(path[-1]))
+            if getattr(parent, name, None) is not None:
+                setattr(parent, name, None)
+
+
+def _check_removals(rules: Sequence[Mapping]) -> None:
+    for index, rule in enumerate(rules):
+        if REMOVE not in rule:
+            continue
+        if rule[REMOVE] is not True:
+            raise UserError(f"layers[{index}].remove={rule[REMOVE]!r}: allowed True")
+        if others := sorted(rule.keys() - {"match", REMOVE}):
+            raise UserError(
+                f"layers[{index}] removes layers, so it cannot set {', '.join(others)} of them"
+            )
 
 
 def _spec(rule: Mapping, layer: Layer) -> LayerSpec:
@@ -77,6 +124,22 @@ def set_compute_dtype(model: nnx.Module, dtype: jnp.dtype) -> nnx.Module:
 
 def _first_match(rules: Sequence[Mapping], path: str) -> int | None:
     return next((i for i, rule in enumerate(rules) if re.search(rule["match"], path)), None)
+
+
+def with_removals(
+    rules: Sequence[Mapping], removed: Sequence[str], every: Sequence[str]
+) -> tuple[dict, ...]:
+    """The rules with one in front for each removed layer, without those that then take no layer.
+
+    Args:
+      rules: Of `convert`.
+      removed: Paths of layers.
+      every: Paths of all layers, removed or not.
+    """
+    first = [{"match": f"^{re.escape(path)}$", REMOVE: True} for path in removed]
+    rules = [*first, *map(dict, rules)]
+    used = {_first_match(rules, path) for path in every}
+    return tuple(rule for index, rule in enumerate(rules) if index in used)
 
 
 def _check_used(rules: Sequence[Mapping], matched_by: Mapping[str, int | None]) -> None:
