@@ -119,5 +119,5 @@ def test_masks_of_everything_are_drawn_once(net):
 def test_averaged_weights_are_masked_where_they_are_what_is_evaluated(net):
     _, state, _ = net
     ruined = jax.tree.map(lambda x: 0 * x, state.params)
-    averaged = state._replace(params=ruined, ema=state.params)
+    averaged = state._replace(params=ruined, ema={"params": state.params, "stats": state.stats})
     assert score(net, state=averaged) == score(net)
