@@ -3,7 +3,7 @@
 from flax import nnx
 from jax import Array
 
-from efficient_nets.ops import linear_maps, quadratic
+from efficient_nets.ops import batch_norm, linear_maps
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -30,12 +30,12 @@ class BatchNorm(nnx.BatchNorm):
             rngs=rngs,
         )
 
-    def arrays(self) -> quadratic.Norm:
+    def arrays(self) -> batch_norm.Norm:
         """Scale and bias, with the running statistics if they are what normalises now."""
         frozen = (self.mean[...], self.var[...]) if self.use_running_average else (None, None)
-        return quadratic.Norm(self.scale[...], self.bias[...], *frozen)
+        return batch_norm.Norm(self.scale[...], self.bias[...], *frozen)
 
-    def update(self, batch: quadratic.Moments) -> None:
+    def update(self, batch: batch_norm.Moments) -> None:
         """Moves the running averages towards the batch's moments, `(C,)` each, if in training."""
         if self.use_running_average:
             return
@@ -57,7 +57,7 @@ class LayerNorm(nnx.LayerNorm):
         return super().__call__(x.astype(linear_maps.wide(x.dtype))).astype(x.dtype)
 
 
-def arrays_or_none(norm: BatchNorm | None) -> quadratic.Norm | None:
+def arrays_or_none(norm: BatchNorm | None) -> batch_norm.Norm | None:
     return None if norm is None else norm.arrays()
 
 

@@ -33,24 +33,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from efficient_nets.ops import forms, linear_maps, neurons
+from efficient_nets.ops import batch_norm, forms, linear_maps, neurons
+from efficient_nets.ops.batch_norm import Moments, Norm
 from efficient_nets.ops.precision import PRECISIONS, Precision
-
-
-class Norm(NamedTuple):
-    """Batch norm's arrays `(C,)`. mean, var: frozen statistics, or None for the batch's."""
-
-    scale: Array
-    bias: Array
-    mean: Array | None = None
-    var: Array | None = None
-
-
-class Moments(NamedTuple):
-    """Mean and variance over all axes but the last, `(C,)`, float32."""
-
-    mean: Array
-    var: Array
 
 
 class Statistics(NamedTuple):
@@ -79,13 +64,6 @@ class Unit:
     @property
     def parts(self) -> neurons.Neuron:
         return neurons.neuron(self.neuron)
-
-
-def moments(x: Array) -> Moments:
-    """Two passes: E[x^2] - E[x]^2 would cancel where a product's mean is far from 0."""
-    axes = tuple(range(x.ndim - 1))
-    mean = jnp.mean(x, axes)
-    return Moments(mean, jnp.mean(jnp.square(x - _row(mean, x)), axes))
 
 
 def unit(static: Unit, x, kernels, biases, branch_norms=None, outer_norm=None, bias=None):
@@ -144,11 +122,6 @@ def _wide(x: Array) -> Array:
     return x.astype(linear_maps.wide(x.dtype))
 
 
-def _row(channel_values: Array, like: Array) -> Array:
-    """`(C,)` to a shape that broadcasts with `(..., C)` under strict rank promotion."""
-    return channel_values.reshape((1,) * (like.ndim - 1) + (-1,))
-
-
 # What a branch may read, `(map, x, kernels) -> (..., B*C)`.
 READS = {
     "x": lambda linear_map, x, kernels: linear_map(x, kernels),
@@ -197,29 +170,19 @@ def _branches(static: Unit, z: dict[str, Array], biases) -> list[Array]:
     zs = list(map(_wide, _split(static, z)))
     if biases is None:
         return zs
-    return [z + _row(bias, z) for z, bias in zip(zs, biases, strict=True)]
+    return [z + batch_norm.row(bias, z) for z, bias in zip(zs, biases, strict=True)]
 
 
 def _combine(static: Unit, hs, bias: Array | None) -> Array:
     y = static.parts.combine(*hs)
-    return y if bias is None else y + _row(bias, y)
-
-
-def _moments_used(x: Array, norm: Norm) -> Moments:
-    return moments(x) if norm.mean is None else Moments(norm.mean, norm.var)
-
-
-def _normalise(x: Array, norm: Norm, used: Moments, epsilon: float) -> Array:
-    """One multiply-add an element: XLA then has no normalised copy to keep."""
-    slope = norm.scale * lax.rsqrt(used.var + epsilon)
-    return x * _row(slope, x) + _row(norm.bias - used.mean * slope, x)
+    return y if bias is None else y + batch_norm.row(bias, y)
 
 
 def _normalise_all(static: Unit, zs, norms, used) -> list[Array]:
     if norms is None:
         return zs
     triples = zip(zs, norms, used, strict=True)
-    return [_normalise(z, norm, of, static.branch_epsilon) for z, norm, of in triples]
+    return [batch_norm.normalise(z, norm, of, static.branch_epsilon) for z, norm, of in triples]
 
 
 def _values(static: Unit, x, kernels, biases, branch_norms):
@@ -227,7 +190,9 @@ def _values(static: Unit, x, kernels, biases, branch_norms):
     zs = _branches(static, _maps(static, x, kernels), biases)
     used = None
     if branch_norms is not None:
-        used = tuple(_moments_used(z, norm) for z, norm in zip(zs, branch_norms, strict=True))
+        used = tuple(
+            batch_norm.moments_used(z, norm) for z, norm in zip(zs, branch_norms, strict=True)
+        )
     return _normalise_all(static, zs, branch_norms, used), used
 
 
@@ -252,8 +217,8 @@ def _forward(static: Unit, x, kernels, biases, branch_norms, outer_norm, bias):
     if outer_norm is not None:
         if len(hs) > 1:
             y = lax.optimization_barrier(y)  # or XLA normalises all branches into one tensor first
-        outer = _moments_used(y, outer_norm)
-        y = _normalise(y, outer_norm, outer, static.outer_epsilon)
+        outer = batch_norm.moments_used(y, outer_norm)
+        y = batch_norm.normalise(y, outer_norm, outer, static.outer_epsilon)
     if static.activation is not None:
         y = static.activation(y)
     return y.astype(x.dtype), Statistics(inner, outer, peak)
@@ -262,27 +227,6 @@ def _forward(static: Unit, x, kernels, biases, branch_norms, outer_norm, bias):
 def _hybrid_forward(static, *arguments):
     out = _forward(static, *arguments)
     return out, (arguments, out[1])
-
-
-def _norm_sums(g: Array, x: Array, used: Moments, epsilon: float) -> tuple[Array, Array]:
-    """Gradients of a norm's scale and bias, `(C,)` each: all that its second pass must know."""
-    axes = tuple(range(x.ndim - 1))
-    normal = (x - _row(used.mean, x)) * _row(lax.rsqrt(used.var + epsilon), x)
-    return jnp.sum(g * normal, axes), jnp.sum(g, axes)
-
-
-def _norm_input_gradient(g: Array, x: Array, norm: Norm, used: Moments, sums, epsilon: float):
-    inverse = lax.rsqrt(used.var + epsilon)
-    if norm.mean is None:
-        count = x.size // x.shape[-1]
-        normal = (x - _row(used.mean, x)) * _row(inverse, x)
-        g = g - _row(sums[1] / count, g) - normal * _row(sums[0] / count, g)
-    return g * _row(norm.scale * inverse, g)
-
-
-def _norm_gradient(norm: Norm, sums: tuple[Array, Array]) -> Norm:
-    """Frozen statistics are data, not parameters: their gradient is 0."""
-    return Norm(*sums, *jax.tree.map(jnp.zeros_like, (norm.mean, norm.var)))
 
 
 def _hybrid_backward(static: Unit, saved, cotangents):
@@ -304,7 +248,9 @@ def _hybrid_backward(static: Unit, saved, cotangents):
         if static.activation is not None:
             before = combined
             if outer_norm is not None:
-                before = _normalise(combined, outer_norm, statistics.outer, static.outer_epsilon)
+                before = batch_norm.normalise(
+                    combined, outer_norm, statistics.outer, static.outer_epsilon
+                )
             (g,) = jax.vjp(static.activation, before)[1](g)
         return g, combined
 
@@ -315,12 +261,12 @@ def _hybrid_backward(static: Unit, saved, cotangents):
 
     d_outer_norm = d_branch_norms = None
     if outer_norm is not None:
-        sums = _norm_sums(*before_outer_norm(z, g), statistics.outer, static.outer_epsilon)
-        d_outer_norm = _norm_gradient(outer_norm, sums)
+        sums = batch_norm.sums(*before_outer_norm(z, g), statistics.outer, static.outer_epsilon)
+        d_outer_norm = batch_norm.parameter_gradient(outer_norm, sums)
         z, g, sums = lax.optimization_barrier((z, g, sums))
     g, combined = before_outer_norm(z, g)
     if outer_norm is not None:
-        g = _norm_input_gradient(
+        g = batch_norm.input_gradient(
             g, combined, outer_norm, statistics.outer, sums, static.outer_epsilon
         )
     d_bias = _bias_gradient(g, bias, outer_norm)
@@ -328,13 +274,13 @@ def _hybrid_backward(static: Unit, saved, cotangents):
 
     if branch_norms is not None:
         zs, d_hs = branch_gradients(z, g)
-        sums_of = functools.partial(_norm_sums, epsilon=static.branch_epsilon)
+        sums_of = functools.partial(batch_norm.sums, epsilon=static.branch_epsilon)
         sums = list(map(sums_of, d_hs, zs, statistics.branches))
-        d_branch_norms = tuple(map(_norm_gradient, branch_norms, sums))
+        d_branch_norms = tuple(map(batch_norm.parameter_gradient, branch_norms, sums))
         z, g, sums = lax.optimization_barrier((z, g, sums))
     zs, d_zs = branch_gradients(z, g)
     if branch_norms is not None:
-        back = functools.partial(_norm_input_gradient, epsilon=static.branch_epsilon)
+        back = functools.partial(batch_norm.input_gradient, epsilon=static.branch_epsilon)
         d_zs = list(map(back, d_zs, zs, branch_norms, statistics.branches, sums))
     d_z = {kind: value.astype(z[kind].dtype) for kind, value in _fuse(static, d_zs).items()}
     d_z = lax.optimization_barrier(d_z)
