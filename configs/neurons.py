@@ -4,8 +4,9 @@
     python -m efficient_nets.main --config=configs/neurons.py:t4
     python -m tests.peers.neurons                             # the whole table, 3 seeds each
 
-@@ The argument is a neuron of `efficient_nets/ops/neurons.py`, 'ours' if
-not given; both convolutions have it, with a batch norm on each branch.
+9,266 parameters, 0.7 M MACs. The argument is a neuron of `efficient_nets/ops/neurons.py`, 'ours' if
+not given; both convolutions have it, with a batch norm on each branch. Half a minute on two CPU
+cores. Expected after 2 epochs: 95 to 97% (README has the table).
 """
 
 from efficient_nets import config as configs
