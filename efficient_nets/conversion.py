@@ -69,12 +69,15 @@ def _source_config(field: str, folder: pathlib.Path, run: Experiment):
 def _check_same(field: str, converted: nnx.Module, expected: nnx.Module) -> None:
     """Rules see the source's specs where they leave a field open, a plain net's otherwise."""
     specs = [
-        {path: layer.spec.storage for path, layer in layers.layers(model)}
+        {
+            path: (*layer.spec.storage, layer.geometry.kernel_shape)
+            for path, layer in layers.layers(model)
+        }
         for model in (converted, expected)
     ]
-    for path in specs[1]:
-        if specs[0].get(path) != specs[1][path]:
+    for path in sorted({*specs[0], *specs[1]}):
+        if specs[0].get(path) != specs[1].get(path):
             raise UserError(
                 f"{field}: layer {path} of the converted net is {specs[0].get(path)}, by this "
-                f"config's `layers` alone it is {specs[1][path]}: name the field in a rule"
+                f"config's `layers` alone it is {specs[1].get(path)}: name the field in a rule"
             )

@@ -61,7 +61,7 @@ def test_it_trains_and_resumes_without_converting_again(linear, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["step"] == 0 and lines[0]["test/accuracy"] == linear[1]["test/accuracy"]
     peaks = {name: x for name, x in lines[1].items() if name.endswith("/product_max")}
-    assert {"stem/product_max", "stage1.0.conv1/product_max", "head/product_max"} <= peaks.keys()
+    assert len(peaks) == 6 and "stage1.0.conv1/product_max" in peaks  # the quadratic layers
     assert all(np.isfinite(x) and x > 0 for x in peaks.values())
     assert (tmp_path / "plots" / "product_max.png").exists()
     config.checkpoint.convert_from = str(tmp_path / "gone")
@@ -104,3 +104,18 @@ def test_the_layer_that_overflows_is_named(tmp_path):
     config.optimizer.learning_rate = 1e18
     with pytest.raises(training.TrainingDiverged, match="from layer [a-z0-9.]+ on"):
         training.train(config, tmp_path)
+
+
+def test_a_net_with_layers_removed_goes_on_as_a_quadratic_one(tmp_path):
+    """Identities and adapters stay, trained as they are; rules that removed them may stay too."""
+    remove = tuple(
+        dict(match=f"^{path}$", remove=True) for path in ("stage1/0/conv2", "stage2/0/conv1")
+    )
+    folder = tmp_path / "reduced"
+    reduced = training.train(config_of(remove), folder)
+    config = config_of((*remove, *QUADRATIC), convert_from=str(folder))
+    run = experiment.build(config, data.load(config.data))
+    state = conversion.converted_start(run, run.initial_state())
+    assert scores(run, state)["test/accuracy"] == reduced["test/accuracy"]
+    with pytest.raises(UserError, match=r"layer stage1/0/conv2 of the converted net is None"):
+        training.train(config_of(QUADRATIC, convert_from=str(folder)), tmp_path / "new")

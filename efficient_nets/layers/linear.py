@@ -76,6 +76,8 @@ class Layer(nnx.Module):
           UserError: if neither can stand in, see `Geometry.adapter`.
         """
         adapter = None if self.geometry.keeps_shape else self.geometry.adapter()
+        if (adapter, LayerSpec()) == (self.geometry, self.spec):
+            return  # it is one, perhaps a trained one
         for name in self.spec.branches:
             delattr(self, name)
         self.bias = nnx.data(None)
@@ -266,7 +268,7 @@ def _apply_unit(x: Array, layer: Layer, norm, activation) -> Array:
         norms.arrays_or_none(norm),
         None if layer.bias is None else layer.bias[...],
     )
-    if static.peak:
+    if statistics.peak is not None:
         add_peak(layer, statistics.peak)
     if branch_norms is not None:
         for branch, batch in zip(layer.branches, statistics.branches, strict=True):

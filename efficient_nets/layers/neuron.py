@@ -110,8 +110,26 @@ def _kernel_init(geometry: Geometry, spec: LayerSpec, index: int, reads: str):
         "form": n * (n - 1) / 2 + n * kurtosis,
     }[reads]
     target = 1.0 if spec.parts.nonnegative else MOMENT[spec.start]
-    moment = spec.parts.moments(target)[index]
+    moment = spec.parts.moments(target)[index] / _spread(spec, index, 1 + (kurtosis - 1) / n)
     return nnx.initializers.normal(math.sqrt(moment / of_ones))
+
+
+def _spread(spec: LayerSpec, index: int, spread: float) -> float:
+    """What to divide a branch's moment by, where it is a factor of products.
+
+    Two maps of one x share its scale: E (u x)^2 (v x)^2 is E (|x|^2 / n)^2 = `spread` times the
+    product of their moments, for weights of mean 0. A factor that is a term too keeps its own.
+    """
+    name = spec.branches[index]
+    alone = {term[0] for term in spec.parts.terms if len(term) == 1}
+    partners = [
+        (set(term) - {name} or {name}).pop()
+        for term in spec.parts.terms
+        if len(term) == 2 and name in term
+    ]
+    if not partners or name in alone:
+        return 1.0
+    return spread if partners[0] in alone else math.sqrt(spread)
 
 
 def _start_linear(neuron: Neuron, spec: LayerSpec, linear: Branch | None) -> None:
@@ -134,13 +152,19 @@ def _carry(neuron: Neuron, branch: Branch, linear: Branch | None) -> None:
     if linear is None:
         return
     branch.kernel[...] = linear.kernel[...]
-    if linear.bias is not None:
-        bias = branch.bias if branch.bias is not None else neuron.bias
-        bias[...] = linear.bias[...]
     if linear.norm is not None:
         if branch.norm is None:
             raise UserError("start='relinear' carries a branch norm on only with norm='branch'")
         branch.norm = linear.norm
+    if linear.bias is None:
+        return
+    if branch.bias is not None:
+        branch.bias[...] = linear.bias[...]
+    elif linear.norm is None:
+        neuron.bias[...] = linear.bias[...]
+    else:  # in front of the norm, which takes it away again, and there is no place for it now
+        neuron.bias[...] = jnp.zeros_like(neuron.bias[...])
+        branch.norm.mean[...] = branch.norm.mean[...] - linear.bias[...]
 
 
 def _make_constant(name: str, branch: Branch, spec: LayerSpec, value: float) -> None:

@@ -1,4 +1,4 @@
-"""The largest magnitudes that neurons combine, collected while a net runs."""
+"""The largest magnitudes of products, collected while a net runs."""
 
 import contextlib
 import contextvars
@@ -11,11 +11,11 @@ _peaks: contextvars.ContextVar[list | None] = contextvars.ContextVar("peaks", de
 
 @contextlib.contextmanager
 def collecting_peaks():
-    """Inside, each Dense and Conv adds `(layer, peak)` to the list that is given.
+    """Inside, each Dense and Conv with a term of second order adds `(layer, peak)` to the list.
 
-    peak is the largest magnitude, a scalar, of what its neuron combines, before norm and
-    activation: products make extreme values, and one that is not finite stays so. Tracers under
-    `jax.jit`: return them from the function that is traced.
+    peak is that term's largest magnitude, a scalar, before norm and activation: products make
+    extreme values, and one that is not finite stays so. Tracers under `jax.jit`: return them from
+    the function that is traced; out of `nnx.remat` and the like they cannot be taken.
     """
     found: list = []
     token = _peaks.set(found)

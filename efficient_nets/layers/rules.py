@@ -26,8 +26,14 @@ def layers(model: nnx.Module) -> Iterator[tuple[str, Layer]]:
 
     Those that a rule removed are left out; the channel adapters that replace some are not.
     """
+    for path, layer in _with_removed(model):
+        if not layer.removed:
+            yield path, layer
+
+
+def _with_removed(model: nnx.Module) -> Iterator[tuple[str, Layer]]:
     for path, node in nnx.iter_graph(model):
-        if isinstance(node, Layer) and not node.removed:
+        if isinstance(node, Layer):
             yield "/".join(map(str, path)), node
 
 
@@ -51,7 +57,8 @@ def convert(model: nnx.Module, rules: Sequence[Mapping], key: jax.Array) -> nnx.
       model: Any Flax NNX module that holds `Dense` and `Conv` layers.
       rules: Mappings with `match`, a regular expression searched for in the layer's path, and any
         fields of `LayerSpec`, or `remove=True` alone. The first match wins; a layer that no rule
-        matches, and a rule with `match` alone, leave the layer as it is.
+        matches, and a rule with `match` alone, leave the layer as it is. One that was removed
+        before stays so.
       key: Where changed layers get fresh parameters, they are drawn from this key and the layer's
         path, so they do not depend on the other rules.
 
@@ -62,13 +69,13 @@ def convert(model: nnx.Module, rules: Sequence[Mapping], key: jax.Array) -> nnx.
     paths.check_rules("layers", rules, FIELDS)
     _check_removals(rules)
     model = nnx.clone(model)
-    found = dict(layers(model))
+    found = dict(_with_removed(model))
     if rules and not found:
         raise UserError(f"layers: {type(model).__name__} has no Dense or Conv for rules to match")
     matched_by = {path: _first_match(rules, path) for path in found}
     _check_used(rules, matched_by)
     for path, layer in found.items():
-        if matched_by[path] is None:
+        if matched_by[path] is None or layer.removed:
             continue
         rule, rngs = rules[matched_by[path]], nnx.Rngs(_path_key(key, path))
         try:

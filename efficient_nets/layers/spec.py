@@ -19,9 +19,11 @@ BACKWARDS = {
 }
 STARTS = {
     "own": "every branch from the layer's kernel_init and bias_init",
-    "variance": "keeps a second moment of 1 through a layer without norm and activation",
+    "variance": "keeps a second moment of 1 through a layer without norm and activation, and over "
+    "depth if the neuron has a linear term: a product squares every deviation from 1",
     "variance:relu": "the same through a layer followed by ReLU",
-    "relinear": "as the linear layer it is converted from, or as one with fresh weights (ReLinear)",
+    "relinear": "as the linear layer it is converted from, or as one with fresh weights: the other "
+    "terms are exactly 0 (ReLinear)",
 }
 KERNELS = {"dense": "one array a branch"}
 # From the geometry to the map that computes: a lax convolution or a matrix product.

@@ -22,7 +22,7 @@ def _gelu(x: Array) -> Array:
     return nnx.gelu(x, approximate=False)
 
 
-# 'none' is the activation-free net, in which quadratic layers alone are not linear.
+# 'none' is the activation-free net, whose neurons and pooling alone are not linear.
 ACTIVATIONS = {
     "relu": nnx.relu,
     "none": _same,

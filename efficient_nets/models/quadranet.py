@@ -42,13 +42,13 @@ class QuadraBlock(nnx.Module):
         self.depthwise = Conv(
             features, features, (7, 7), padding=3, groups=features, kernel_init=normal, rngs=rngs
         )
-        self.norm = LayerNorm(features, rngs=rngs)
+        self.depthwise_norm = LayerNorm(features, rngs=rngs)
         self.expand = Dense(features, hidden, kernel_init=normal, rngs=rngs)
         self.project = Dense(hidden, features, kernel_init=normal, rngs=rngs)
         self.scale = nnx.Param(jnp.full(features, LAYER_SCALE))
 
     def __call__(self, x: Array) -> Array:
-        y = layer_norm_act(x, self.depthwise, self.norm)
+        y = layer_norm_act(x, self.depthwise, self.depthwise_norm)
         y = layer_norm_act(y, self.expand, activation=self.activation)
         return x + parts.scale_channels(self.project(y), self.scale[...])
 

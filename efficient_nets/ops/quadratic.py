@@ -26,6 +26,7 @@ barriers and shows no saving.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -41,7 +42,7 @@ from efficient_nets.ops.precision import PRECISIONS, Precision
 class Statistics(NamedTuple):
     """Moments used for each branch and for the combined value; None where there is no norm.
 
-    peak: Largest magnitude of the combined value, before the outer norm, if `Unit.peak` asks.
+    peak: Largest magnitude of a term of second order, if there is one and `Unit.peak` asks.
     """
 
     branches: tuple[Moments, ...] | None
@@ -59,7 +60,7 @@ class Unit:
     branch_epsilon: float = 1e-5
     outer_epsilon: float = 1e-5
     precision: Precision = PRECISIONS["float"]
-    peak: bool = False  # asks for the combined value's
+    peak: bool = False
 
     @property
     def parts(self) -> neurons.Neuron:
@@ -209,11 +210,19 @@ def branch_values(static: Unit, x, kernels, biases=None, branch_norms=None) -> l
     return _values(static, x, kernels, biases, branch_norms)[0]
 
 
+def _product_peak(static: Unit, hs) -> Array | None:
+    parts = static.parts
+    values = dict(zip(parts.branches, hs, strict=True))
+    second = [t for t in parts.terms if len(t) > 1 or parts.read_by(t[0]) != "x"]
+    peaks = [jnp.max(jnp.abs(math.prod(values[name] for name in term))) for term in second]
+    return jnp.max(jnp.stack(peaks)) if peaks else None
+
+
 def _forward(static: Unit, x, kernels, biases, branch_norms, outer_norm, bias):
     hs, inner = _values(static, x, kernels, biases, branch_norms)
     outer = None
     y = _combine(static, hs, bias)
-    peak = jnp.max(jnp.abs(y)) if static.peak else None
+    peak = _product_peak(static, hs) if static.peak else None
     if outer_norm is not None:
         if len(hs) > 1:
             y = lax.optimization_barrier(y)  # or XLA normalises all branches into one tensor first

@@ -152,10 +152,17 @@ def test_other_layers_are_as_they_would_be_without_the_removal():
         np.testing.assert_array_equal(value[...], whole[path][...], err_msg=str(path))
 
 
-def test_a_removed_layer_is_no_layer_for_later_rules():
+def test_a_removed_layer_stays_removed_under_later_rules():
     block = convert(ConvBlock(4, 4, rngs=nnx.Rngs(0)), removing("conv"), KEY)
-    with pytest.raises(ValueError, match="no Dense or Conv for rules"):
-        convert(block, [{"match": "conv", "neuron": "ours"}], KEY)
+    for rules_ in ([{"match": "conv", "neuron": "ours"}], removing("conv")):
+        again = convert(block, rules_, KEY)
+        assert again.conv.removed and not jax.tree.leaves(nnx.state(again, nnx.Param))
+
+
+def test_an_adapter_that_is_removed_again_keeps_its_weights():
+    block = convert(ConvBlock(4, 6, rngs=nnx.Rngs(0)), removing("conv"), KEY)
+    again = convert(block, removing("conv"), jax.random.key(9))
+    np.testing.assert_array_equal(again.conv.w.kernel[...], block.conv.w.kernel[...])
 
 
 def test_with_removals_puts_them_first_and_drops_rules_that_take_nothing_more():

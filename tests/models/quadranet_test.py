@@ -49,7 +49,7 @@ def block(x, values, quadratic):
         return reference.conv(x, kernel, depthwise=True) + bias
 
     y = branch("a") * branch("b") + branch("c") if quadratic else branch("w")
-    y = reference.layer_norm(y, reference.part(values, "norm"))
+    y = reference.layer_norm(y, reference.part(values, "depthwise_norm"))
     y = reference.dense(y, reference.part(values, "expand"))
     y = y * (1 + np.vectorize(math.erf)(y / math.sqrt(2))) / 2
     y = reference.dense(y, reference.part(values, "project"))
