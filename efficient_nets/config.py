@@ -159,7 +159,7 @@ def defaults() -> ConfigDict:
         dict(
             every_steps=50,
             tensorboard=True,
-            products=False,  # of each layer, the largest magnitude of what its neuron combines
+            products=False,  # of each layer, the largest magnitude of its neuron's products
             histograms_every_epochs=0.0,  # of weights, when evaluating; 0: none
         )
     )
@@ -182,6 +182,8 @@ def check(config: ConfigDict) -> None:
     names.local_folder("checkpoint.convert_from", config.checkpoint.convert_from)
     if config.checkpoint.init_from and config.checkpoint.convert_from:
         raise UserError("checkpoint.init_from and checkpoint.convert_from: give one of the two")
+    if not config.builder.budget and config.builder != reference.builder:
+        raise UserError("builder.budget='': without one the other fields of builder do nothing")
     names.pick("dtype", config.dtype, {"float32": None, "bfloat16": None})
     paths.check_rules("layers", config.layers, rules.FIELDS)
     paths.check_rules("optimizer.rules", config.optimizer.rules, optim.RULE_FIELDS)

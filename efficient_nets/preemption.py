@@ -10,10 +10,11 @@ from jax.experimental import multihost_utils
 class Preemption:
     """Takes SIGTERM while it is open. With several processes JAX's own service takes it."""
 
+    _calls = 0  # of the whole process, as JAX counts: it may train several runs
+
     def __init__(self):
         self._signalled = False
         self._before = None
-        self._calls = 0
 
     def __enter__(self) -> "Preemption":
         if jax.process_count() == 1:
@@ -34,8 +35,8 @@ class Preemption:
         # JAX agrees on the highest number that a process has given it, 0 at the start, plus one,
         # and is true at that number alone: steps, of which a dispatch or a resumed run skips some,
         # could miss it.
-        self._calls += 1
-        return multihost_utils.reached_preemption_sync_point(self._calls)
+        Preemption._calls += 1
+        return multihost_utils.reached_preemption_sync_point(Preemption._calls)
 
     def exit(self) -> None:
         """Ends with the status that SIGTERM gives, so that schedulers start the job again."""

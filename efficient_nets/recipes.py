@@ -19,8 +19,8 @@ def slow_products(neuron: str, factor: float = 1e-4) -> dict:
       UserError: if the neuron cannot start linear.
     """
     parts = neurons.neuron(neuron)
-    if not parts.relinear:
-        raise UserError(f"neuron={neuron!r} cannot start linear")
+    if not set(parts.relinear) - {"carry"}:
+        raise UserError(f"neuron={neuron!r} has no products, or cannot start linear")
     added = [
         name for name, role in zip(parts.branches, parts.relinear, strict=True) if role != "carry"
     ]

@@ -150,6 +150,11 @@ def write_json(path: pathlib.Path, value: Mapping) -> None:
     temporary.replace(path)
 
 
+def _is_peak(name: str) -> bool:
+    """Of whose values over some steps the largest is told, not the mean."""
+    return name.endswith("_max")
+
+
 def _with_split(name: str) -> str:
     """A metric of training, or as it is: `stage1.0.conv1/product_max` is one of that layer."""
     return name if "/" in name else f"train/{name}"
@@ -224,10 +229,14 @@ class Meter:
             if not math.isfinite(values[name]):
                 raise TrainingDiverged(f"{name} is {values[name]} at step {step}{_where(values)}")
         for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
+            before = self._sums.get(name, 0.0)
+            self._sums[name] = max(before, value) if _is_peak(name) else before + value
         self._summed += 1
         if step % self._every == 0:
-            means = {name: total / self._summed for name, total in self._sums.items()}
+            means = {
+                name: total if _is_peak(name) else total / self._summed
+                for name, total in self._sums.items()
+            }
             means["learning_rate"] = values["learning_rate"]
             self._reporter.scalars(step, {_with_split(name): x for name, x in means.items()})
             self._sums, self._summed = {}, 0

@@ -199,7 +199,7 @@ def train_step(run: Experiment, state: TrainState, batch: dict, resident: dict |
 
 
 def _watched(model: nnx.Module, images):
-    """Logits, and the largest magnitude that each layer's neuron combines."""
+    """Logits, and the largest magnitude of each layer's products."""
     paths_of = {id(layer): path for path, layer in layers.layers(model)}
     with layers.collecting_peaks() as peaks:
         logits = model(images)

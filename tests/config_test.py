@@ -66,6 +66,13 @@ def test_a_wrong_value_names_field_value_and_what_is_needed(section, field, valu
         configs.check(config)
 
 
+def test_a_builder_without_a_budget_is_no_builder():
+    config = configs.defaults()
+    config.builder.keep = 0.3
+    with pytest.raises(UserError, match="builder.budget='': without one the other fields"):
+        configs.check(config)
+
+
 def test_the_seed_is_not_negative():
     config = configs.defaults()
     config.seed = -1

@@ -23,6 +23,7 @@ def test_products_learn_slower_and_the_linear_part_does_not(neuron, slow, linear
     assert not any(re.search(rule["match"], path) for path in linear)
 
 
-def test_a_neuron_that_cannot_start_linear_is_named():
-    with pytest.raises(UserError, match="neuron='t3' cannot start linear"):
-        recipes.slow_products("t3")
+@pytest.mark.parametrize("neuron", ["linear", "t3"])
+def test_a_neuron_without_such_products_is_named(neuron):
+    with pytest.raises(UserError, match=f"neuron='{neuron}' has no products, or cannot start"):
+        recipes.slow_products(neuron)

@@ -64,6 +64,11 @@ def build(config: ConfigDict, workdir: pathlib.Path, train: Train) -> dict[str, 
     _save(workdir, progress)
 
     budget, rounds, removed, chosen = progress["budget"], progress["rounds"], [], []
+    if budget["kind"] == "seconds" and budget["batch_size"] != config.evaluate.batch_size:
+        raise UserError(
+            f"evaluate.batch_size={config.evaluate.batch_size}: the budget was measured on batches "
+            f"of {budget['batch_size']}"
+        )
     for number in itertools.count():
         removed += chosen
         net = _Round(config, workdir, number, removed)
@@ -147,7 +152,10 @@ def _budget(config: ConfigDict, candidates: list[str]) -> dict[str, Any]:
             f"candidates removed {stay} stay, so keep must be at least "
             f"{math.ceil(1e4 * least / first) / 1e4:g}"
         )
-    return dict(kind=kind, keep=keep, first=first, limit=keep * first, least=least)
+    return dict(
+        **dict(kind=kind, keep=keep, first=first, limit=keep * first, least=least),
+        batch_size=config.evaluate.batch_size,
+    )
 
 
 def _measured(config: ConfigDict, kind: str) -> float:
@@ -218,7 +226,7 @@ def _finish(config: ConfigDict, workdir: pathlib.Path, progress: dict, stopped: 
     if jax.process_index() == 0:
         built = workdir / "built_config.py"
         text = builder_report.docstring(report, workdir)
-        built.write_text(config_file.source(reduction.reduced(config, removed), text))
+        built.write_text(config_file.source(reduction.built(config, removed), text))
         builder_report.write(report, workdir)
     return report
 

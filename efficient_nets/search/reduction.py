@@ -16,8 +16,8 @@ from efficient_nets.layers import rules
 def reduced(config: ConfigDict, removed: Sequence[str]) -> ConfigDict:
     """The config of the net without these layers, and without a builder.
 
-    Rules of layers and of the optimizer that then have nothing to match are left out: they would be
-    errors.
+    Rules of layers, optimizer and sharding that then have nothing to match are left out: they would
+    be errors.
     """
     config = _copy(config)
     config.builder = configs.defaults().builder
@@ -31,6 +31,15 @@ def reduced(config: ConfigDict, removed: Sequence[str]) -> ConfigDict:
     params = nnx.state(experiment.abstract_model(config, info), nnx.Param)
     idle = paths.unmatched(config.optimizer.rules, nnx.to_pure_dict(params))
     config.optimizer.rules = tuple(r for r in config.optimizer.rules if r["match"] not in idle)
+    idle = paths.unmatched(config.sharding.rules, nnx.to_pure_dict(params))
+    config.sharding.rules = tuple(r for r in config.sharding.rules if r["match"] not in idle)
+    return config
+
+
+def built(config: ConfigDict, removed: Sequence[str]) -> ConfigDict:
+    """`reduced`, as it is trained from scratch."""
+    config = reduced(config, removed)
+    config.checkpoint.init_from = config.checkpoint.convert_from = ""
     return config
 
 
@@ -41,7 +50,7 @@ def of_round(config: ConfigDict, removed: Sequence[str], previous: str) -> Confi
     """
     builder, config = config.builder, reduced(config, removed)
     if previous:
-        config.checkpoint.init_from = previous
+        config.checkpoint.init_from, config.checkpoint.convert_from = previous, ""
         config.train.epochs = builder.finetune_epochs
         config.optimizer.learning_rate *= builder.finetune_rate
         config.schedule.end_value *= builder.finetune_rate

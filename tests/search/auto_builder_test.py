@@ -286,3 +286,24 @@ def test_main_runs_the_builder_where_a_budget_is_given(command, tmp_path):
     assert status == 2 and "data.validation=''" in err
     assert jax.devices()  # nothing was trained
     assert not (tmp_path / "config.json").exists()
+
+
+def test_rounds_start_from_the_round_before_and_the_built_net_from_scratch(config):
+    config.checkpoint.convert_from = "linear"
+    first = reduction.of_round(config, [], "")
+    second = reduction.of_round(config, ["conv2"], "round_0")
+    assert (first.checkpoint.convert_from, first.checkpoint.init_from) == ("linear", "")
+    assert (second.checkpoint.convert_from, second.checkpoint.init_from) == ("", "round_0")
+    for made in (first, second, built := reduction.built(config, ["conv2"])):
+        configs.check(made)
+    assert (built.checkpoint.convert_from, built.checkpoint.init_from) == ("", "")
+
+
+def test_a_time_budget_is_for_the_batch_that_it_was_measured_on(config, tmp_path):
+    config.builder.budget = "seconds"
+    budget = dict(kind="seconds", keep=0.3, first=1.0, limit=0.3, least=0.1, batch_size=7)
+    progress = json.dumps(dict(budget=budget, rounds=[]))
+    (tmp_path / "builder.json").write_text(progress)
+    (tmp_path / "config.json").write_text(configs.to_json(config))
+    with pytest.raises(ValueError, match="batch_size=64: the budget was measured on batches of 7"):
+        auto_builder.build(config, tmp_path, training.train)
