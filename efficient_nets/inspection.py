@@ -13,13 +13,16 @@ from efficient_nets import analysis, data, experiment, sharding, workdirs
 from efficient_nets.errors import UserError
 from efficient_nets.experiment import Experiment
 
+IMAGES = 64  # looked at, at most
+
 
 def inspect(
     config: ConfigDict, workdir: pathlib.Path, folder: pathlib.Path, which: str, reference: str = ""
 ) -> None:
     """Writes analysis.json, plots/analysis/ and tensorboard/analysis/, and prints a table.
 
-    On one device, whatever the run's devices.
+    On one device, whatever the run's devices: it holds all that the layers read and give for one
+    batch, of `first_batch`.
 
     Args:
       config: Of the run.
@@ -32,16 +35,12 @@ def inspect(
       UserError: if there is no such checkpoint, no held-out split, or nothing in `reference`.
     """
     beside = analysis.read_activations(pathlib.Path(reference)) if reference else None
-    run = experiment.build(config, data.load(config.data))
+    run = experiment.build(config, data.load(config.data), training=False)
     net, step = restored_net(run, folder, which)
     if jax.process_index() > 0:
         return
     images, labels = first_batch(run)
-
-    def loss(logits, labels):
-        return run.task.loss(logits, jax.nn.one_hot(labels, run.dataset.info.num_classes))[0]
-
-    found = analysis.analyze(net, images, labels, loss)
+    found = analysis.analyze(net, images, labels, run.task.label_loss)
     pictures = analysis.write_analysis(found, workdir, step, beside)
     print(analysis.analysis_table(found))
     print(f"result       {workdir / 'analysis.json'}")
@@ -59,12 +58,13 @@ def restored_net(run: Experiment, folder: pathlib.Path, which: str) -> tuple[nnx
 def first_batch(run: Experiment) -> tuple[Array, Array]:
     """Normalised images `(N, H, W, C)` and labels `(N,)` of the validation, else the test split.
 
-    N is `evaluate.batch_size`, or less where the split is smaller.
+    The first ones in the split's order. N is `evaluate.batch_size`, but at most `IMAGES`, as the
+    activations of all layers are in memory at once; less where the split is smaller.
     """
     source = run.dataset.validation or run.dataset.test
     if source is None:
         raise UserError("data.validation='' and data.test='': one of them is needed for a batch")
-    size = min(run.config.evaluate.batch_size, len(source))
+    size = min(run.config.evaluate.batch_size, IMAGES, len(source))
     with contextlib.closing(data.eval_batches(source, size)) as batches:
         batch = data.gather(source.resident, next(batches))
     return data.normalise(jnp.asarray(batch["image"]), run.dataset.info), batch["label"]

@@ -37,6 +37,10 @@ class Classification:
         hits = jnp.argmax(logits, -1) == jnp.argmax(labels, -1)
         return loss, {"loss": loss, "accuracy": jnp.mean(hits.astype(jnp.float32))}
 
+    def label_loss(self, logits: Array, labels: Array) -> Array:
+        """`loss` for integer labels `(N,)`."""
+        return self.loss(logits, jax.nn.one_hot(labels, logits.shape[-1]))[0]
+
     def scores(self, logits: Array, labels: Array, weights: Array) -> Scores:
         """Scores of one evaluation batch: integer labels `(N,)`, weights `(N,)` of 0 or 1."""
         logits = logits.astype(jnp.float32)
