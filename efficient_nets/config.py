@@ -160,7 +160,7 @@ def defaults() -> ConfigDict:
             every_steps=50,
             tensorboard=True,
             products=False,  # of each layer, the largest magnitude of its neuron's products
-            histograms_every_epochs=0.0,  # of weights, when evaluating; 0: none
+            histograms_every_epochs=0.0,  # of what layers hold and give; 0: none
         )
     )
     return config

@@ -27,6 +27,7 @@ from efficient_nets import (
     conversion,
     data,
     experiment,
+    inspection,
     layers,
     optim,
     paths,
@@ -110,8 +111,9 @@ def _loop(run: Experiment, state, meta, evaluation, checkpoints, reporter):
         functools.partial(train_steps, run), static_argnames="count", donate_argnums=0
     )
     meter = reporting.Meter(meta, reporter, config.train.batch_size, config.log.every_steps)
+    look = _histogram_batch(run)
     if step == 0:
-        _write_histograms(run, state, step, reporter)
+        _write_histograms(run, state, step, look, reporter)
     dispatches = _dispatches(run, step, on_device=resident is not None)
     with Preemption() as preemption, contextlib.closing(dispatches):
         for count, batch in dispatches:
@@ -123,7 +125,7 @@ def _loop(run: Experiment, state, meta, evaluation, checkpoints, reporter):
                 meter.settle()
                 with meter.paused():
                     scores = evaluate_all(evaluation[:1], state)
-                    _write_histograms(run, state, step, reporter)
+                    _write_histograms(run, state, step, look, reporter)
                 reporter.scalars(step, scores)
                 reporter.line(reporting.evaluation_line(step / run.epoch_steps, step, scores))
             stop = preemption.reached()
@@ -139,15 +141,37 @@ def _loop(run: Experiment, state, meta, evaluation, checkpoints, reporter):
     return state, meta, scores
 
 
-def _write_histograms(run: Experiment, state: TrainState, step: int, reporter) -> None:
-    """Of weights and running averages: at both ends, and at the first evaluation of each period."""
+def _histogram_batch(run: Experiment):
+    """Images and labels whose activations and gradients are recorded, the same in all of the run.
+
+    None on other processes than the first, and where the config records nothing or holds nothing
+    out.
+    """
+    held_out = run.dataset.validation or run.dataset.test
+    if not run.config.log.histograms_every_epochs or not held_out or jax.process_index() > 0:
+        return None
+    return inspection.first_batch(run)
+
+
+def _write_histograms(run: Experiment, state: TrainState, step: int, look, reporter) -> None:
+    """At both ends of the run, and at the first evaluation of each period.
+
+    Of weights and running averages, and of each layer's activations and gradients on `look` in
+    training mode, which the first process computes on one device.
+    """
     epochs = run.config.log.histograms_every_epochs
     if not epochs:
         return
     period, since = run.steps(epochs), run.steps(run.config.evaluate.every_epochs)
     if step in (0, run.total_steps) or step // period > (step - since) // period:
         arrays = sharding.fetch({"params": state.params, "stats": state.stats})
-        reporter.histograms(step, analysis.histograms_of(arrays))
+        if not reporter.active:
+            return
+        found = analysis.histograms_of(arrays)
+        if look is not None:
+            model = nnx.merge(run.graph, arrays["params"], arrays["stats"])
+            found |= analysis.batch_histograms(model, *look, run.task.label_loss)
+        reporter.histograms(step, found)
 
 
 def train_steps(run: Experiment, state: TrainState, batch, resident, *, count: int):

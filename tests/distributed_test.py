@@ -15,6 +15,7 @@ import pytest
 
 from efficient_nets import data, evaluation, experiment, sharding, workdirs
 from efficient_nets import train as training
+from efficient_nets.analysis import history
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = "tests/tiny_config.py"
@@ -79,8 +80,15 @@ def restored(workdir):
 )
 def test_two_processes_train_as_one_does(tmp_path, devices, fsdp):
     one, two = tmp_path / "one", tmp_path / "two"
-    pair = Pair(f"--workdir={two}", f"--config.sharding.fsdp={fsdp}", devices=devices)
-    training.train(config(), one)
+    pair = Pair(
+        f"--workdir={two}",
+        f"--config.sharding.fsdp={fsdp}",
+        "--config.log.histograms_every_epochs=1",
+        devices=devices,
+    )
+    recorded = config()
+    recorded.log.histograms_every_epochs = 1.0
+    training.train(recorded, one)
     first, second = pair.finish()
 
     for line, expected in zip(metrics(two), metrics(one), strict=True):
@@ -102,6 +110,12 @@ def test_two_processes_train_as_one_does(tmp_path, devices, fsdp):
     # Only the first process prints and writes.
     assert "epoch 2" in first and f"{two}/result.json" in first
     assert not [line for line in second.splitlines() if not line.startswith("[Gloo]")]
+    (_, heads), (_, expected) = (
+        history.read_history(folder)["activations/head"] for folder in (two, one)
+    )
+    for head, other in zip(heads, expected, strict=True):
+        # The net's rounding, as above.
+        np.testing.assert_allclose(head.edges, other.edges, rtol=2e-2, atol=2e-2)
     assert names(two) == names(one) and names(two / "checkpoints") == ["10", "5"]
 
 

@@ -1,7 +1,13 @@
 """Looking at nets and runs: costs, the layer table, curves, and what is inside of layers."""
 
 from efficient_nets.analysis import maps, plots
-from efficient_nets.analysis.analyze import Analysis, LayerAnalysis, analyze, cross_entropy
+from efficient_nets.analysis.analyze import (
+    Analysis,
+    LayerAnalysis,
+    analyze,
+    batch_histograms,
+    cross_entropy,
+)
 from efficient_nets.analysis.cost import LayerCost, layer_costs, model_cost
 from efficient_nets.analysis.curves import plot_curves, read_metrics
 from efficient_nets.analysis.histogram import Histogram, histogram
@@ -25,6 +31,7 @@ __all__ = [
     "add_histogram",
     "analysis_table",
     "analyze",
+    "batch_histograms",
     "cross_entropy",
     "histogram",
     "histograms_of",

@@ -8,6 +8,7 @@ Layers are run once, in evaluation mode; each layer's terms are then computed ag
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -138,19 +139,59 @@ def analyze(
     found = dict(layers(model))
     hidden = jax.process_index() > 0
     with tqdm(total=2 + len(found), desc="analysis", leave=False, delay=5, disable=hidden) as bar:
-        calls = _captured(model, images)
+        calls = _captured(*nnx.split(model), images)
         bar.update()
-        value, gradients = _gradients(model, images, labels, loss)
+        value, _, gradients = _gradients(model, images, labels, loss)
         bar.update()
         looked = []
-        for path, (x, y) in calls.items():
-            looked.append(_look(path, found[path], x, y, dict(layers(gradients))[path]))
+        for path, x, y in zip(calls.paths, calls.inputs, calls.outputs, strict=True):
+            looked.append(_look(path, found[path], x, y, gradients[path]))
             bar.update()
     return Analysis(float(value), len(images), np.asarray(images[0]), tuple(looked))
 
 
-def _captured(model: nnx.Module, images: Array) -> dict[str, tuple[Array, Array]]:
+def batch_histograms(
+    model: nnx.Module, images: Array, labels: Array, loss: Callable = cross_entropy
+) -> dict[str, Histogram]:
+    """Histograms of activations and gradients, in training mode; the net is left as it is.
+
+    Running statistics are far off at the start, where a quadratic net's activations in evaluation
+    mode grow beyond all bounds: here batch statistics normalise. Compiled at the first of all calls
+    with nets of one make, images of one shape, and one `loss`.
+
+    Returns:
+      `activations/LAYER` for each layer that is called, in the order of the calls, then
+      `gradients/LAYER/BRANCH`.
+    """
+    images, labels = jnp.asarray(images), jnp.asarray(labels)
+    _, calls, gradients = _gradients(model, images, labels, loss, watch=True)
+    outputs = dict(zip(calls.paths, calls.outputs, strict=True))
+    found = {f"activations/{path}": histogram(y) for path, y in outputs.items()}
+    for path in outputs:
+        for branch, kernel in _kernel_histograms(gradients[path]).items():
+            found[f"gradients/{path}/{branch}"] = kernel
+    return found
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["inputs", "outputs"], meta_fields=["paths"]
+)
+@dataclasses.dataclass(frozen=True)
+class _Calls:
     """Input and output of each layer's first call, in the order of the calls."""
+
+    paths: tuple[str, ...]
+    inputs: tuple[Array, ...]
+    outputs: tuple[Array, ...]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _captured(graph: nnx.GraphDef, state, images: Array) -> _Calls:
+    return _called(nnx.merge(graph, state), images)[1]
+
+
+def _called(model: nnx.Module, images: Array) -> tuple[Array, _Calls]:
+    """The net's output, and what its layers read and gave."""
     order: list[str] = []
 
     def keep(path, layer, x, y):
@@ -165,35 +206,36 @@ def _captured(model: nnx.Module, images: Array) -> dict[str, tuple[Array, Array]
         # Variables go through nnx.remat and nnx.jit and out again, as values do not.
         layer.seen_input = nnx.Intermediate(jnp.zeros(()))
         layer.seen_output = nnx.Intermediate(jnp.zeros(()))
-    graph, state = nnx.split(watching)
-
-    @jax.jit
-    def run(state, images):
-        copy = nnx.merge(graph, state)
-        copy(images)
-        seen = dict(layers(copy))
-        return {path: (seen[path].seen_input[...], seen[path].seen_output[...]) for path in order}
-
-    calls = run(state, images)
-    return {path: calls[path] for path in order}
+    output = watching(images)
+    seen = dict(layers(watching))
+    return output, _Calls(
+        tuple(order),
+        tuple(seen[path].seen_input[...] for path in order),
+        tuple(seen[path].seen_output[...] for path in order),
+    )
 
 
-def _gradients(model: nnx.Module, images, labels, loss) -> tuple[Array, nnx.Module]:
-    """The loss, and the net with gradients in the place of its parameters."""
+def _gradients(
+    model: nnx.Module, images, labels, loss, watch: bool = False
+) -> tuple[Array, _Calls | None, dict[str, nnx.Module]]:
+    """The loss, the calls if asked for, and layers with gradients in the place of parameters."""
     graph, *states = nnx.split(model, nnx.Param, ...)
     params, rest = map(nnx.to_pure_dict, states)
+    (value, calls), gradient = _training_pass(graph, loss, watch, params, rest, images, labels)
+    return value, calls, dict(layers(nnx.merge(graph, gradient, rest)))
 
-    @jax.jit
-    def run(params, rest, images, labels):
-        def value(params):
-            copy = nnx.merge(graph, params, rest)
-            copy.train()
-            return loss(copy(images), labels)
 
-        return jax.value_and_grad(value)(params)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _training_pass(graph: nnx.GraphDef, loss, watch: bool, params, rest, images, labels):
+    def value(params):
+        copy = nnx.merge(graph, params, rest)
+        copy.train()
+        if not watch:
+            return loss(copy(images), labels), None
+        logits, calls = _called(copy, images)
+        return loss(logits, labels), dataclasses.replace(calls, inputs=())
 
-    value, gradient = run(params, rest, images, labels)
-    return value, nnx.merge(graph, gradient, rest)
+    return jax.value_and_grad(value, has_aux=True)(params)
 
 
 def _look(path: str, layer, x: Array, y: Array, gradient) -> LayerAnalysis:

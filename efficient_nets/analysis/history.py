@@ -1,8 +1,13 @@
-"""Weights and running statistics over training: a file of histograms a step, and a picture.
+"""Weights, activations and gradients over training: a file of histograms a step, and pictures.
 
-`histograms/STEP.npz` holds, for L arrays of the net: `names` `(L,)`, such as
-`params/stage1/0/conv1/a/kernel`, `edges` `(L, B + 1)`, `counts` `(L, B)`, and `mean`, `std` and
-`nonfinite` `(L,)`. A run that goes on from a checkpoint writes the same files again.
+`histograms/STEP.npz` holds, for L arrays: `names` `(L,)`, `edges` `(L, B + 1)`, `counts` `(L, B)`,
+and `mean`, `std` and `nonfinite` `(L,)`. A run that goes on from a checkpoint writes the same files
+again. Names are
+
+    params/stage1/0/conv1/a/kernel   a parameter; `stats/...` a running statistic
+    activations/stage1/0/conv1       what the layer gives for a batch that is the same at each step,
+                                     in training mode
+    gradients/stage1/0/conv1/a       of the loss on that batch, with respect to the kernel
 """
 
 import dataclasses
@@ -20,6 +25,11 @@ from efficient_nets.analysis.figures import grid, new_figure
 from efficient_nets.analysis.histogram import Histogram, histogram
 
 FIELDS = [field.name for field in dataclasses.fields(Histogram)]
+PICTURES = {  # layer, and branch if any
+    "weights": r"params/(.+)/(\w+)/kernel",
+    "activations": r"activations/(.+)()",
+    "gradients": r"gradients/(.+)/(\w+)",
+}
 BANDS = ((0.0, 1.0), (0.05, 0.95), (0.25, 0.75))
 
 
@@ -54,32 +64,40 @@ def read_history(workdir: pathlib.Path) -> dict[str, tuple[list[int], list[Histo
 
 
 def plot_history(workdir: pathlib.Path) -> list[pathlib.Path]:
-    """Draws `plots/weights_over_training.png`: every kernel's distribution against the step.
+    """Draws `plots/weights_over_training.png`, and those of activations and gradients.
+
+    Every kernel's, output's and kernel gradient's distribution against the step.
 
     Returns:
-      Its path, or nothing where there are no histograms.
+      Paths of those there are histograms for.
     """
-    kernels: dict[str, dict[str, tuple]] = {}  # by layer and branch
-    for name, values in read_history(workdir).items():
-        if match := re.fullmatch(r"params/(.+)/(\w+)/kernel", name):
-            kernels.setdefault(match[1], {})[match[2]] = values
-    if not kernels:
-        return []
-    names = _in_order_of_calls(workdir, kernels)
-    most = max(map(len, kernels.values()))
-    figure = new_figure(2 + 2.8 * most, 0.6 + 1.3 * len(names))
+    history = read_history(workdir)
+    drawn = []
+    for kind, pattern in PICTURES.items():
+        found: dict[str, dict[str, tuple]] = {}  # by layer and branch
+        for name, values in history.items():
+            if match := re.fullmatch(pattern, name):
+                found.setdefault(match[1], {})[match[2]] = values
+        if found:
+            drawn.append(workdir / "plots" / f"{kind}_over_training.png")
+            drawn[-1].parent.mkdir(exist_ok=True)
+            _over_training(found, _in_order_of_calls(workdir, found)).savefig(drawn[-1])
+    return drawn
+
+
+def _over_training(found: Mapping[str, Mapping[str, tuple]], names: list[str]):
+    """A row a layer and a column a branch."""
+    most = max(map(len, found.values()))
+    figure = new_figure(2 + max(2.8 * most, 5), 0.6 + 1.3 * len(names))
     axes = grid(figure, names, [""] * most)
     for row, name in zip(axes, names, strict=True):
-        branches = kernels[name]
+        branches = found[name]
         for axis, (branch, values) in zip(row, branches.items(), strict=False):
             _draw(axis, branch, *values)
         for axis in row[len(branches) :]:
             axis.set_axis_off()
     figure.supxlabel("step; line: median, bands: 25 to 75%, 5 to 95%, all", fontsize=9)
-    path = workdir / "plots" / "weights_over_training.png"
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
-    return [path]
+    return figure
 
 
 def _in_order_of_calls(workdir: pathlib.Path, kernels: Mapping) -> list[str]:
@@ -97,4 +115,5 @@ def _draw(axis, branch: str, steps, histograms) -> None:
     axis.plot(steps, [histogram.quantiles(0.5) for histogram in histograms], color="tab:blue", lw=1)
     axis.set_title(branch, fontsize=8, pad=2)
     axis.tick_params(labelsize=7)
+    axis.yaxis.get_offset_text().set_fontsize(7)
     axis.grid(alpha=0.3)

@@ -98,6 +98,27 @@ def test_gradients_are_those_of_training(found):
     assert list(found.layers[1].weights) == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("block", [Block, Rematted])
+def test_histograms_of_a_batch_are_those_of_training(found, block):
+    net, (images, labels) = Net(block), batch()
+    both = [analysis.batch_histograms(net, images, labels) for _ in range(2)]
+    names = [name for name in both[0] if name.startswith("activations/")]
+    assert names == [f"activations/{layer.name}" for layer in found.layers]
+    for layer in found.layers:
+        for branch, expected in layer.gradients.items():
+            histogram = both[0].pop(f"gradients/{layer.name}/{branch}")
+            # As above; and two compilations of one formula.
+            np.testing.assert_allclose(histogram.edges, expected.edges, rtol=1e-3, atol=1e-5)
+            assert histogram.counts.sum() == expected.counts.sum()
+    assert list(both[0]) == names
+    net = Net()
+    y = net.second(net.stem(jnp.asarray(images)))  # in training mode, in its first call
+    first, again = (histograms["activations/second/conv"] for histograms in both)
+    assert first.mean == again.mean == pytest.approx(float(jnp.mean(y)), rel=1e-4)
+    assert first.std == pytest.approx(float(jnp.std(y)), rel=1e-4)
+    assert first.std != pytest.approx(found.layers[1].activations.std, rel=0.01)
+
+
 def test_gradient_checkpointing_changes_nothing(found):
     for _ in range(2):  # JAX caches what it traced
         again = analysis.analyze(Net(Rematted), *batch())

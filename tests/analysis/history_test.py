@@ -1,10 +1,12 @@
-"""Weights over training: what a run writes, again after a kill, and the picture of it."""
+"""Weights, activations and gradients over training: what a run writes, again after a kill."""
+
+import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficient_nets import analysis
+from efficient_nets import analysis, data, experiment, inspection
 from efficient_nets import train as training
 from efficient_nets.analysis import history
 from tests import tiny_config
@@ -32,7 +34,9 @@ def whole(tmp_path_factory):
 
 def test_a_run_writes_them_at_both_ends_and_at_the_first_evaluation_of_a_period(whole):
     assert sorted(files(whole[0])) == ["00000000.npz", "00000004.npz", "00000006.npz"]
-    assert (whole[0] / "plots" / "weights_over_training.png").stat().st_size > 10_000
+    for kind in ("weights", "activations", "gradients"):
+        path = whole[0] / "plots" / f"{kind}_over_training.png"
+        assert path.stat().st_size > 10_000
 
 
 def test_they_are_of_weights_and_running_statistics(whole):
@@ -41,6 +45,45 @@ def test_they_are_of_weights_and_running_statistics(whole):
     assert steps == [0, 4, 6] and {kernel.counts.sum() for kernel in kernels} == {9 * 4 * 4}
     _, means = found["stats/stem_norm/mean"]
     assert (means[0].mean, means[0].std) == (0, 0) and means[2].std > 0
+
+
+def test_activations_and_gradients_are_those_of_the_first_images(whole):
+    """At the last step, of the parameters themselves."""
+    run = experiment.build(config_of(0.6), data.load(config_of(0.6).data))
+    net, step = inspection.restored_net(run, whole[0], "newest")
+    images, labels = inspection.first_batch(run)
+    assert (step, images.shape) == (6, (32, 8, 8, 1))
+    found = history.read_history(whole[0])
+    expected = analysis.batch_histograms(net, images, labels, run.task.label_loss)
+    assert {"activations/head", "gradients/stage3/0/conv2/b"} <= expected.keys()
+    for name, histogram in expected.items():
+        steps, histograms = found.pop(name)
+        assert steps == [0, 4, 6] and histograms[0].std < 10
+        np.testing.assert_array_equal(histograms[-1].counts, histogram.counts)
+        np.testing.assert_array_equal(histograms[-1].edges, histogram.edges)
+    assert {name.partition("/")[0] for name in found} == {"params", "stats"}
+
+
+def test_all_steps_of_a_run_share_what_is_compiled(tmp_path, monkeypatch):
+    traced = []
+
+    class Counted(experiment.Classification):
+        def label_loss(self, logits, labels):
+            traced.append(logits.shape)
+            return super().label_loss(logits, labels)
+
+    monkeypatch.setattr(experiment, "Classification", Counted)
+    config = config_of(0.6)
+    config.evaluate.batch_size = 100
+    training.train(config, tmp_path)
+    assert traced == [(64, 10)]  # no more images than that
+
+
+def test_without_held_out_images_there_are_weights_alone(tmp_path):
+    config = config_of(0.6)
+    run = experiment.build(config, dataclasses.replace(data.load(config.data), test=None))
+    assert training._histogram_batch(run) is None
+    assert training._histogram_batch(experiment.build(config_of(0.0), run.dataset)) is None
 
 
 def test_they_change_no_step(whole, tmp_path):
