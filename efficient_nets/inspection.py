@@ -19,7 +19,7 @@ IMAGES = 64  # looked at, at most
 def inspect(
     config: ConfigDict, workdir: pathlib.Path, folder: pathlib.Path, which: str, reference: str = ""
 ) -> None:
-    """Writes analysis.json, plots/analysis/ and tensorboard/analysis/, and prints a table.
+    """Writes numbers, maps, plots/analysis/ and tensorboard/analysis/, and prints a table.
 
     On one device, whatever the run's devices: it holds all that the layers read and give for one
     batch, of `first_batch`.
@@ -29,18 +29,24 @@ def inspect(
       workdir: Where the files go.
       folder: The run's workdir, or the checkpoints folder in one.
       which: 'newest', 'best' or a step.
-      reference: A workdir that was analysed before, whose activations to show beside these, or "".
+      reference: A workdir that was analysed before, to show beside this one, or "".
 
     Raises:
-      UserError: if there is no such checkpoint, no held-out split, or nothing in `reference`.
+      UserError: if there is no such checkpoint, no held-out split, nothing in `reference`, or
+        no layer of the same name there.
     """
-    beside = analysis.read_activations(pathlib.Path(reference)) if reference else None
+    beside = analysis.read_reference(pathlib.Path(reference)) if reference else None
     run = experiment.build(config, data.load(config.data), training=False)
     net, step = restored_net(run, folder, which)
     if jax.process_index() > 0:
         return
     images, labels = first_batch(run)
     found = analysis.analyze(net, images, labels, run.task.label_loss)
+    if beside and not beside.maps.keys() & {layer.name for layer in found.layers}:
+        raise UserError(
+            f"--reference={reference} shares no layer's name with the net of {folder}, as "
+            f"{next(iter(beside.maps))!r} is none of {', '.join(x.name for x in found.layers)}"
+        )
     pictures = analysis.write_analysis(found, workdir, step, beside)
     print(analysis.analysis_table(found))
     print(f"result       {workdir / 'analysis.json'}")

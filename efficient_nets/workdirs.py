@@ -1,8 +1,8 @@
 """A run's folder: whose it is, and the files it ends up with.
 
 config.json  summary.txt  summary.json  metrics.jsonl  tensorboard/  checkpoints/  plots/
-result.json  (eval.json after --mode=eval; analysis.json, plots/analysis/, tensorboard/analysis/
-after --mode=analyze; histograms/ if log.histograms_every_epochs)
+result.json  (eval.json after --mode=eval; analysis.json, analysis_maps.npz, plots/analysis/,
+tensorboard/analysis/ after --mode=analyze; histograms/ if log.histograms_every_epochs)
 """
 
 import os

@@ -11,10 +11,12 @@ import runpy
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from flax.nnx import Rngs, Sequential
 
+from efficient_nets import analysis, layers, workdirs
 from efficient_nets import config as configs
-from efficient_nets import workdirs
 from efficient_nets.checkpoint import Checkpoints
 
 # ml_collections reads a config file in a way that Python is about to drop.
@@ -160,9 +162,13 @@ def test_analysis_writes_numbers_pictures_and_events_beside_another_run_s(whole,
     for path in out.partition("\nplots ")[2].splitlines()[0].split(", "):
         assert pathlib.Path(path.strip()).stat().st_size > 1000
     assert list((one / "tensorboard" / "analysis").glob("events*")) and "2 of 36" in out
-    assert {path.name for path in one.iterdir()} == {"analysis.json", "plots", "tensorboard"}
+    assert {path.name for path in one.iterdir()} == {
+        *("analysis.json", "analysis_maps.npz", "plots", "tensorboard")
+    }
     status, out, err = command(TINY, *step, f"--workdir={two}", f"--reference={one}")
-    assert status == 0 and "beside_reference.png" in out, err
+    assert status == 0, err
+    pictures = set(re.findall(r"\w+\.png", out))
+    assert pictures >= {"beside_reference.png", "maps_beside_reference.png"}
     assert read(two / "analysis.json") == found
 
 
@@ -225,6 +231,18 @@ def test_a_reference_that_was_not_analysed_is_named(whole, fails):
         TINY, "--mode=analyze", f"--checkpoint={whole[0]}", f"--reference={whole[0]}/plots"
     )
     assert f"--reference={whole[0]}/plots holds no analysis.json" in message
+
+
+def test_a_reference_without_a_layer_of_the_same_name_is_refused(whole, fails, tmp_path):
+    net = Sequential(layers.Dense(3, 2, rngs=Rngs(0)))
+    found = analysis.analyze(net, np.ones((2, 3), np.float32), np.arange(2))
+    analysis.write_analysis(found, tmp_path / "other")
+    message = fails(
+        TINY, "--mode=analyze", f"--checkpoint={whole[0]}", f"--reference={tmp_path / 'other'}"
+    )
+    assert f"--reference={tmp_path / 'other'} shares no layer's name with the net of" in message
+    assert f"{whole[0]}, as 'layers/0' is none of stem, " in message
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_checkpoint_of_another_net_is_refused(whole, fails):

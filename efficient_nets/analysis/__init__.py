@@ -13,12 +13,8 @@ from efficient_nets.analysis.curves import plot_curves, read_metrics
 from efficient_nets.analysis.histogram import Histogram, histogram
 from efficient_nets.analysis.history import histograms_of, plot_history, save_histograms
 from efficient_nets.analysis.plots import plot_analysis
-from efficient_nets.analysis.report import (
-    add_histogram,
-    analysis_table,
-    read_activations,
-    write_analysis,
-)
+from efficient_nets.analysis.reference import Reference, read_reference
+from efficient_nets.analysis.report import add_histogram, analysis_table, write_analysis
 from efficient_nets.analysis.spectrum import Spectrum, layer_spectrum
 from efficient_nets.analysis.summary import layer_table, summary_dict
 
@@ -27,6 +23,7 @@ __all__ = [
     "Histogram",
     "LayerAnalysis",
     "LayerCost",
+    "Reference",
     "Spectrum",
     "add_histogram",
     "analysis_table",
@@ -44,8 +41,8 @@ __all__ = [
     "plot_curves",
     "plot_history",
     "plots",
-    "read_activations",
     "read_metrics",
+    "read_reference",
     "save_histograms",
     "summary_dict",
     "write_analysis",

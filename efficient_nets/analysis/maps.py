@@ -4,6 +4,7 @@ import numpy as np
 
 from efficient_nets.analysis.analyze import Analysis
 from efficient_nets.analysis.figures import grid, new_figure
+from efficient_nets.analysis.reference import Reference
 
 WIDTH = 48  # of a map, in pixels, at least
 FEW = 6  # channels, where two orders share a line
@@ -101,4 +102,27 @@ def first_and_second_order(found: Analysis):
                 maps = _filled(maps[..., :FEW], FEW)
                 _show(axis, maps, cmap="RdBu_r", vmin=-largest, vmax=largest)
         _beside(row[1], f"within ±{largest:.3g}")
+    return figure
+
+
+def beside_reference(found: Analysis, reference: Reference):
+    """The outputs of the layers that another net has too, beside that net's, for its first image.
+
+    Each on a scale of its own; None where no layer is in both.
+    """
+    both = [layer for layer in found.layers if layer.name in reference.maps]
+    if not both:
+        return None
+    height = 0.08 + _height(found.image, 5 / FEW)
+    figure = new_figure(13.5, 0.5 + height * (1 + len(both)))
+    figure.get_layout_engine().set(wspace=0.1)
+    names = ["image", *(layer.name for layer in both)]
+    axes = grid(figure, names, ["outputs", "outputs of the reference"])
+    shown = [(found.image, reference.image)]
+    shown += [(layer.map, reference.maps[layer.name]) for layer in both]
+    for row, pair in zip(axes, shown, strict=True):
+        for axis, maps in zip(row, pair, strict=True):
+            low, high = _finite_range(maps)
+            _show(axis, _filled(maps[..., :FEW], FEW), vmin=low, vmax=high)
+            _beside(axis, f"{low:.3g} to\n{high:.3g}")
     return figure

@@ -14,6 +14,7 @@ from efficient_nets.analysis import maps
 from efficient_nets.analysis.analyze import Analysis, LayerAnalysis
 from efficient_nets.analysis.figures import grid, new_figure, patch
 from efficient_nets.analysis.histogram import Histogram
+from efficient_nets.analysis.reference import Reference
 from efficient_nets.analysis.terms import FIRST_ORDER, KINDS, OTHER
 
 TERM_COLORS = dict(
@@ -29,14 +30,14 @@ SPECTRA_A_ROW = 3
 
 
 def plot_analysis(
-    found: Analysis, folder: pathlib.Path, reference: Mapping[str, Histogram] | None = None
+    found: Analysis, folder: pathlib.Path, reference: Reference | None = None
 ) -> list[pathlib.Path]:
     """Saves every picture that the net has something for, and returns the files.
 
     Args:
       found: Of `analyze`.
       folder: Where they go; it is made if need be.
-      reference: Histograms of another net's activations by layer, to stand beside these.
+      reference: Another net, to stand beside this one.
     """
     pictures: dict[str, Callable] = {
         "histograms": histograms,
@@ -48,6 +49,7 @@ def plot_analysis(
     }
     if reference is not None:
         pictures["beside_reference"] = lambda found: beside_reference(found, reference)
+        pictures["maps_beside_reference"] = lambda found: maps.beside_reference(found, reference)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, draw in tqdm(pictures.items(), "plots", leave=False, delay=5):
@@ -196,9 +198,9 @@ def _draw_spectrum(axis, layer: LayerAnalysis) -> None:
     axis.tick_params(labelsize=7)
 
 
-def beside_reference(found: Analysis, reference: Mapping[str, Histogram]):
+def beside_reference(found: Analysis, reference: Reference):
     """Activations of the layers that another net has too, beside that net's, on one scale a row."""
-    both = [layer for layer in found.layers if layer.name in reference]
+    both = [layer for layer in found.layers if layer.name in reference.activations]
     if not both:
         return None
     names = [layer.name for layer in both]
@@ -206,6 +208,6 @@ def beside_reference(found: Analysis, reference: Mapping[str, Histogram]):
     axes = grid(figure, names, ["activations", "activations of the reference"], sharex="row")
     for row, layer in zip(axes, both, strict=True):
         _draw_histograms(row[0], {"": layer.activations}, {"": "tab:orange"})
-        _draw_histograms(row[1], {"": reference[layer.name]}, {"": "tab:blue"})
+        _draw_histograms(row[1], {"": reference.activations[layer.name]}, {"": "tab:blue"})
     figure.supxlabel(SCALE, fontsize=9)
     return figure

@@ -1,4 +1,4 @@
-"""What `--mode=analyze` leaves: analysis.json, plots/analysis/, tensorboard/analysis/, a table."""
+"""What `--mode=analyze` leaves: numbers, maps, plots/analysis/, tensorboard/analysis/, a table."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ import numpy as np
 from efficient_nets.analysis.analyze import Analysis, LayerAnalysis
 from efficient_nets.analysis.histogram import Histogram
 from efficient_nets.analysis.plots import plot_analysis
-from efficient_nets.errors import UserError
+from efficient_nets.analysis.reference import NUMBERS, Reference, save_maps
 
 DIGITS = 7  # significant ones, of float32
 
@@ -46,12 +46,6 @@ def _histogram_dict(histogram: Histogram) -> dict[str, Any]:
     return edges | {k: v for k, v in dataclasses.asdict(histogram).items() if k != "edges"}
 
 
-def _histogram(plain: Mapping) -> Histogram:
-    edges = np.linspace(plain["low"], plain["high"], len(plain["counts"]) + 1)
-    rest = {name: plain[name] for name in ("mean", "std", "nonfinite")}
-    return Histogram(edges, np.asarray(plain["counts"]), **rest)
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
@@ -64,35 +58,23 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def read_activations(workdir: pathlib.Path) -> dict[str, Histogram]:
-    """Histograms of activations by layer, of a workdir that was analysed.
-
-    Raises:
-      UserError: if it has no analysis.json.
-    """
-    path = workdir / "analysis.json"
-    if not path.is_file():
-        raise UserError(f"--reference={workdir} holds no analysis.json: --mode=analyze writes it")
-    layers = json.loads(path.read_text())["layers"]
-    return {layer["name"]: _histogram(layer["activations"]) for layer in layers}
-
-
 def write_analysis(
     found: Analysis,
     workdir: pathlib.Path,
     step: int = 0,
-    reference: Mapping[str, Histogram] | None = None,
+    reference: Reference | None = None,
 ) -> list[pathlib.Path]:
-    """Writes numbers, pictures and TensorBoard events of an analysis; returns the pictures.
+    """Writes numbers, maps, pictures and TensorBoard events of an analysis; returns the pictures.
 
     Args:
       step: Of the checkpoint.
-      reference: Another net's activations, see `read_activations`.
+      reference: Another net, see `read_reference`.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    temporary = workdir / "analysis.json.tmp"
+    temporary = workdir / f"{NUMBERS}.tmp"
     temporary.write_text(json.dumps({"step": step} | as_dict(found)) + "\n")
-    temporary.replace(workdir / "analysis.json")
+    temporary.replace(workdir / NUMBERS)
+    save_maps(found, workdir)
     pictures = plot_analysis(found, workdir / "plots" / "analysis", reference)
     _write_events(found, pictures, workdir / "tensorboard" / "analysis", step)
     return pictures

@@ -68,18 +68,47 @@ def test_analysis_json_holds_the_numbers(found, tmp_path):
     assert conv["spectrum"]["rank"] == [2] * 4 and saved["layers"][0]["spectrum"] is None
 
 
-def test_activations_of_another_net_stand_beside_those_of_the_same_layers(found, tmp_path):
+@pytest.fixture
+def reference(found, tmp_path):
+    """The same net, but for its stem."""
     analysis.write_analysis(found, tmp_path)
-    reference = analysis.read_activations(tmp_path)
+    reference = analysis.read_reference(tmp_path)
+    del reference.activations["stem"], reference.maps["stem"]
+    return reference
+
+
+def test_activations_of_another_net_stand_beside_those_of_the_same_layers(found, reference):
     layer = found.layers[1]
-    np.testing.assert_allclose(reference[layer.name].edges, layer.activations.edges, rtol=1e-6)
-    del reference["stem"]
+    edges = reference.activations[layer.name].edges
+    np.testing.assert_allclose(edges, layer.activations.edges, rtol=1e-6)
     figure = plots.beside_reference(found, reference)
     assert [axis.get_ylabel() for axis in figure.axes[::2]] == ["second/conv", "first/conv", "head"]
     assert figure.axes[0].get_xlim() == figure.axes[1].get_xlim()
-    assert plots.beside_reference(found, {}) is None
-    with pytest.raises(UserError, match="holds no analysis.json"):
-        analysis.read_activations(tmp_path / "none")
+
+
+def test_maps_of_another_net_stand_beside_those_of_the_same_layers(found, reference):
+    np.testing.assert_array_equal(reference.image, found.image)
+    np.testing.assert_array_equal(reference.maps["head"], found.layers[3].map[:6])
+    reference.maps["second/conv"] = 2 * reference.maps["second/conv"][:3]
+    figure = maps.beside_reference(found, reference)
+    rows = [axis.get_ylabel() for axis in figure.axes[::2]]
+    assert rows == ["image", "second/conv", "first/conv", "head"]
+    one, two = (axis.images[0].get_array() for axis in figure.axes[2:4])
+    np.testing.assert_allclose(two, 2 * one[:3])
+    scales = [axis.texts[0].get_text() for axis in figure.axes[2:4]]
+    assert scales[0] != scales[1]
+
+
+def test_a_net_without_layers_of_the_same_name_gets_no_picture_of_both(found, reference):
+    none = dataclasses.replace(reference, activations={}, maps={})
+    assert plots.beside_reference(found, none) is maps.beside_reference(found, none) is None
+
+
+@pytest.mark.parametrize("file", ["analysis.json", "analysis_maps.npz"])
+def test_a_reference_that_lacks_a_file_is_named(reference, tmp_path, file):
+    (tmp_path / file).unlink()
+    with pytest.raises(UserError, match=f"--reference={tmp_path} holds no {file}"):
+        analysis.read_reference(tmp_path)
 
 
 def test_bars_of_shares_fill_the_line(found):
