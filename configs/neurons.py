@@ -23,5 +23,5 @@ def get_config(neuron: str = "ours"):
     config.optimizer.clip_norm = 1.0
     config.schedule.warmup_epochs = 0.3
     config.train.epochs = 2.0
-    config.train.batch_size = 100
+    config.train.batch_size = 96
     return config

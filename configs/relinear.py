@@ -25,5 +25,5 @@ def get_config(linear: str = "runs/neurons-linear"):
     config.optimizer.clip_norm = 1.0
     config.optimizer.rules += (recipes.slow_products("ours", 0.1),)
     config.train.epochs = 2.0
-    config.train.batch_size = 100
+    config.train.batch_size = 96
     return config
