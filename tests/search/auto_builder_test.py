@@ -219,7 +219,9 @@ def test_a_net_within_the_budget_is_the_answer_at_once(fake):
 
 def test_a_budget_of_time_is_measured_and_may_not_be_met(fake):
     report = fake([0.9, 0.8, 0.7], RI, [1.0, 0.4, 1.0, 0.9, 0.8], budget="seconds", keep=0.5)
-    assert report["budget"] == dict(kind="seconds", keep=0.5, first=1.0, limit=0.5, least=0.4)
+    assert report["budget"] == dict(
+        kind="seconds", keep=0.5, first=1.0, limit=0.5, least=0.4, batch_size=64
+    )
     assert (report["stopped"], report["answer"]) == ("candidates", 2)
 
 
