@@ -27,7 +27,7 @@ class Evaluator:
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """`{'<split>/loss': x, '<split>/accuracy': y}`, of the averaged net if there is one."""
-        net, scores = _net(state), self._empty_scores()
+        net, scores = state.net, self._empty_scores()
         for batch in self._batches():
             scores = self._step(net, batch, scores, self._resident)
         return {f"{self.split}/{k}": v for k, v in classification.summarise(scores).items()}
@@ -37,7 +37,7 @@ class Evaluator:
 
         The least, as whatever else the machine does can only add to it.
         """
-        batches, net, times = self._batches(), _net(state), []
+        batches, net, times = self._batches(), state.net, []
         batch = next(batches)
         batches.close()
         for _ in range(1 + repeats):  # the first may compile
@@ -75,10 +75,6 @@ def evaluate(config: ConfigDict, workdir: pathlib.Path, folder: pathlib.Path, wh
     if jax.process_index() == 0:
         print(reporting.evaluation_line(step / run.epoch_steps, step, scores))
     workdirs.write_eval(workdir, {"step": step, "checkpoint": str(folder)} | scores)
-
-
-def _net(state: TrainState) -> dict:
-    return state.ema or {"params": state.params, "stats": state.stats}
 
 
 def _step(run: Experiment, net, batch, scores, resident):

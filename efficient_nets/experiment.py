@@ -36,6 +36,11 @@ class TrainState(NamedTuple):
     optimizer: Any
     ema: Any
 
+    @property
+    def net(self) -> dict[str, Any]:
+        """`params` and `stats` of the net that is evaluated: the averaged one if it is kept."""
+        return self.ema or {"params": self.params, "stats": self.stats}
+
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:

@@ -55,10 +55,10 @@ def inspect(
 
 
 def restored_net(run: Experiment, folder: pathlib.Path, which: str) -> tuple[nnx.Module, int]:
-    """The net of a checkpoint, with averaged weights if any, on the host; and its step."""
+    """The net of a checkpoint, the averaged one if it is kept, on the host; and its step."""
     state = workdirs.restore_for_evaluation(run, folder, which)
-    params, stats = sharding.fetch((state.ema or state.params, state.stats))
-    return nnx.merge(run.graph, params, stats), int(state.step)
+    net = sharding.fetch(state.net)
+    return nnx.merge(run.graph, net["params"], net["stats"]), int(state.step)
 
 
 def first_batch(run: Experiment) -> tuple[Array, Array]:

@@ -62,7 +62,7 @@ def score(
       For each candidate `layer`, `params_share`, `macs_share`, `drops` (one a mask), `drop` (their
       mean) and `ri`.
     """
-    state = state._replace(**state.ema, ema={})  # the averaged net, where there is one
+    state = state._replace(**state.net, ema={})  # the averaged net, where there is one
     layers: dict[str, LayerCost] = {layer.name: layer for layer in cost["layers"]}
     whole = _accuracy(evaluator, state)
     masks = 1 if fraction == 1 else masks
