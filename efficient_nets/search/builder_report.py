@@ -129,12 +129,16 @@ def _draw_accuracy(axes, report: dict[str, Any]) -> None:
             axes.plot(kept, values, marker="o", color=color, label=split)
     for x, record in zip(kept, rounds, strict=True):
         text = "\n".join([f"round {record['round']}", *(f"- {name}" for name in record["removed"])])
-        axes.annotate(
+        lowest = min(value for name, value in record.items() if name.endswith("/accuracy"))
+        axes.annotate(  # slanted and below the curves, where neighbours leave each other room
             text,
-            (x, record["validation/accuracy"]),
-            xytext=(0, 9),
+            (x, lowest),
+            xytext=(-2, -8),
             textcoords="offset points",
-            ha="center",
+            ha="left",
+            va="top",
+            rotation=-40,
+            rotation_mode="anchor",
             fontsize=7,
         )
     axes.axvline(budget["keep"], color="gray", linestyle="--", label="budget")
