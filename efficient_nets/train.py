@@ -225,7 +225,7 @@ def train_step(run: Experiment, state: TrainState, batch: dict, resident: dict |
 def _watched(model: nnx.Module, images):
     """Logits, and the largest magnitude of each layer's products."""
     paths_of = {id(layer): path for path, layer in layers.layers(model)}
-    with layers.collecting_peaks() as peaks:
+    with layers.collecting("peaks") as peaks:
         logits = model(images)
     names = [paths_of[id(layer)].replace("/", ".") for layer, _ in peaks]
     return logits, {f"{n}/product_max": p for n, (_, p) in zip(names, peaks, strict=True)}

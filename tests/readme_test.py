@@ -16,7 +16,7 @@ import pytest
 
 from efficient_nets import analysis, data, experiment
 from efficient_nets.data import prepare, tfds_sets
-from efficient_nets.ops import neurons, precision
+from efficient_nets.ops import neurons, quantizers
 
 # ml_collections reads a config file in a way that Python is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -129,7 +129,7 @@ def test_every_command_runs(tmp_path, command, monkeypatch):
 
 def test_its_python_runs():
     mock = unittest.mock.patch.dict  # it adds to both tables
-    with mock(neurons.NEURONS), mock(precision.PRECISIONS):
+    with mock(neurons.NEURONS), mock(quantizers.METHODS):
         exec("\n".join(blocks("python")), {"__name__": "readme"})
 
 

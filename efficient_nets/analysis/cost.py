@@ -113,7 +113,7 @@ def _layer_cost(path: str, layer: Layer, input_shape, output_shape) -> LayerCost
         norm=spec.norm,
         kernel=spec.kernel,
         algorithm=spec.algorithm,
-        precision=spec.precision,
+        precision=str(spec.precision),
         bits=8 * jnp.dtype(geometry.param_dtype).itemsize,
         params=params,
         bytes=size,

@@ -83,9 +83,8 @@ def layer_spectrum(layer: Layer, most: int = EIGENVALUES) -> Spectrum | None:
 
 def _folded_kernel(layer: Layer, name: str) -> np.ndarray:
     """A branch's kernel as it is computed with, times its norm's slope: `(rows, features)`."""
-    static, *_ = layer.unit_arguments()
     branch = getattr(layer, name)
-    kernel = np.asarray(static.precision.kernel(branch.kernel[...]), np.float64)
+    kernel = np.asarray(layer.rounded_kernel(name), np.float64)
     kernel = kernel.reshape(-1, kernel.shape[-1])
     if branch.norm is None:
         return kernel

@@ -46,7 +46,8 @@ def term_values(layer: Layer, x: Array) -> dict[str, Array]:
       `(N, *spatial', features)` each, in float32 or wider.
     """
     parts = layer.spec.parts
-    values = quadratic.branch_values(*_with_input(layer.unit_arguments(), x))
+    static, arguments = layer.unit_arguments()
+    values = quadratic.branch_values(static, x, **arguments)
     values = dict(zip(parts.branches, values, strict=True))
     found: dict[str, Array] = {}
     for factors in parts.terms:
@@ -60,11 +61,6 @@ def term_values(layer: Layer, x: Array) -> dict[str, Array]:
         row = layer.bias[...].astype(like.dtype).reshape((1,) * (like.ndim - 1) + (-1,))
         found["bias"] = jnp.broadcast_to(row, like.shape)
     return found
-
-
-def _with_input(arguments: tuple, x: Array) -> tuple:
-    static, *rest = arguments
-    return static, x, *rest
 
 
 def added(terms: dict[str, Array], kinds) -> Array | None:

@@ -11,11 +11,11 @@ from jax import Array
 from efficient_nets.errors import UserError
 from efficient_nets.layers import neuron as neurons
 from efficient_nets.layers import norm as norms
+from efficient_nets.layers import precision as precisions
+from efficient_nets.layers.collect import add, wanted
 from efficient_nets.layers.geometry import Geometry, Initializer, padding_of, per_axis
-from efficient_nets.layers.peaks import add_peak, wants_peaks
 from efficient_nets.layers.spec import ALGORITHMS, LayerSpec
-from efficient_nets.ops import linear_maps, quadratic
-from efficient_nets.ops.precision import PRECISIONS
+from efficient_nets.ops import linear_maps, quadratic, quantizers
 
 lecun_normal = nnx.initializers.lecun_normal()
 kaiming_normal = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
@@ -29,6 +29,7 @@ class Layer(nnx.Module):
       spec: Static `LayerSpec`.
       One `Branch` a branch of the neuron, under its name: `w` for linear, `a`, `b`, `c` for `ours`.
       bias: Of the combined value `(features,)`, in neurons that have it there, else None.
+      ranges: Arrays of the quantizers, by site and branch, else None; see `layers.precision`.
       watch: Static; what each call is shown to, see `observe.watched`.
       removed: Static; the layer has become the identity and has no parameters.
     """
@@ -44,6 +45,12 @@ class Layer(nnx.Module):
         for name, branch in made.branches.items():
             setattr(self, name, branch)
         self.bias = nnx.data(made.bias)  # or a None now could not become a parameter later
+        self._make_ranges(rngs)
+
+    def _make_ranges(self, rngs: nnx.Rngs) -> None:
+        branches = {name: getattr(self, name) for name in self.spec.branches}
+        made = precisions.make(self.geometry, self.spec.precision, branches, rngs)
+        self.ranges = nnx.data(made)
 
     def respecify(self, spec: LayerSpec, rngs: nnx.Rngs) -> None:
         """Gives this layer another spec; its parameters stay where they can.
@@ -55,6 +62,8 @@ class Layer(nnx.Module):
         """
         before, self.spec = self.spec, spec
         if spec.storage == before.storage and spec.start == "own":
+            if spec.precision != before.precision:
+                self._make_ranges(rngs)
             return
         linear = None
         if spec.start == "relinear":
@@ -80,7 +89,7 @@ class Layer(nnx.Module):
             return  # it is one, perhaps a trained one
         for name in self.spec.branches:
             delattr(self, name)
-        self.bias = nnx.data(None)
+        self.bias, self.ranges = nnx.data(None), nnx.data(None)
         self.spec, self.removed = LayerSpec(), adapter is None
         if adapter is not None:
             self.geometry = adapter
@@ -107,19 +116,39 @@ class Layer(nnx.Module):
     def branches(self) -> list[neurons.Branch]:
         return [getattr(self, name) for name in self.spec.branches]
 
-    def unit_arguments(self) -> tuple:
-        """What `ops.quadratic` takes of this layer: `static, kernels, biases, branch_norms`."""
+    def rounded_kernel(self, branch: str) -> Array:
+        """The kernel of a branch as it is computed with."""
+        kernel, quantizer = getattr(self, branch).kernel[...], self.spec.precision.kernel
+        if quantizer is None:
+            return kernel
+        return quantizers.quantize(quantizer, kernel, self.ranges[branch].arrays())
+
+    @property
+    def observes(self) -> bool:
+        """Whether a call moves the ranges, as in training."""
+        return any(not found.use_running_average for found in (self.ranges or {}).values())
+
+    def unit_arguments(self) -> tuple[quadratic.Unit, dict]:
+        """What `ops.quadratic` takes of this layer: the unit, and arguments by name."""
         branches = self.branches
         biases = branch_norms = None
         static = quadratic.Unit(
-            self.spec.neuron, self.linear_map, precision=PRECISIONS[self.spec.precision]
+            self.spec.neuron,
+            self.linear_map,
+            precision=self.spec.precision,
+            observes=self.observes,
         )
         if branches[0].bias is not None:
             biases = tuple(branch.bias[...] for branch in branches)
         if self.spec.norm == "branch":
             branch_norms = tuple(branch.norm.arrays() for branch in branches)
             static = dataclasses.replace(static, branch_epsilon=branches[0].norm.epsilon)
-        return static, tuple(branch.kernel[...] for branch in branches), biases, branch_norms
+        return static, dict(
+            kernels=tuple(branch.kernel[...] for branch in branches),
+            biases=biases,
+            branch_norms=branch_norms,
+            ranges=precisions.arrays(self.ranges, self.spec.branches),
+        )
 
     def __call__(self, x: Array) -> Array:
         """x `(N, *spatial, in_features)` to `(N, *spatial', features)`."""
@@ -252,8 +281,8 @@ def layer_norm_act(
 
 
 def _apply_unit(x: Array, layer: Layer, norm, activation) -> Array:
-    static, kernels, biases, branch_norms = layer.unit_arguments()
-    static = dataclasses.replace(static, activation=activation, peak=wants_peaks())
+    static, arguments = layer.unit_arguments()
+    static = dataclasses.replace(static, activation=activation, peak=wanted("peaks"))
     if norm is not None:
         static = dataclasses.replace(static, outer_epsilon=norm.epsilon)
     apply = quadratic.hybrid_unit if layer.spec.backward == "hybrid" else quadratic.unit
@@ -262,17 +291,26 @@ def _apply_unit(x: Array, layer: Layer, norm, activation) -> Array:
     y, statistics = apply(
         static,
         x,
-        kernels,
-        biases,
-        branch_norms,
-        norms.arrays_or_none(norm),
-        None if layer.bias is None else layer.bias[...],
+        outer_norm=norms.arrays_or_none(norm),
+        bias=None if layer.bias is None else layer.bias[...],
+        **arguments,
     )
     if statistics.peak is not None:
-        add_peak(layer, statistics.peak)
-    if branch_norms is not None:
+        add("peaks", layer, statistics.peak)
+    if layer.ranges is not None:
+        _after_rounding(x, layer, statistics.ranges)
+    if statistics.branches is not None:
         for branch, batch in zip(layer.branches, statistics.branches, strict=True):
             branch.norm.update(batch)
     if norm is not None:
         norm.update(statistics.outer)
     return y
+
+
+def _after_rounding(x: Array, layer: Layer, moved) -> None:
+    """Keeps what the quantizers observed; adds their losses where these are collected."""
+    precisions.update(layer.ranges, layer.spec.branches, moved)
+    if wanted("losses"):
+        branches = dict(zip(layer.spec.branches, layer.branches, strict=True))
+        for loss in precisions.losses(layer.ranges, x, branches):
+            add("losses", layer, loss)

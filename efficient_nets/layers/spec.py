@@ -2,15 +2,17 @@
 
     y = neuron( algorithm( precision(x), precision(kernel) ) )
 
-Each axis is a table of named members. A new member is an entry in its table (and, for neurons, in
-`ops.neurons.NEURONS`); `README.md` shows how.
+Each axis is a table of named members. A new member is an entry in its table, for neurons in
+`ops.neurons.NEURONS`, for quantizers in `ops.quantizers.METHODS`; `README.md` shows how.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 from efficient_nets import names
 from efficient_nets.errors import UserError
 from efficient_nets.ops import neurons, precision
+from efficient_nets.ops.precision import Precision
 
 NORMS = {"none": "no norm before the product", "branch": "a batch norm on each branch"}
 BACKWARDS = {
@@ -34,7 +36,6 @@ AXES = {
     "backward": BACKWARDS,
     "kernel": KERNELS,
     "algorithm": ALGORITHMS,
-    "precision": precision.PRECISIONS,
     "start": STARTS,
 }
 
@@ -51,7 +52,8 @@ class LayerSpec:
         it is differentiated by JAX under either name.
       kernel: How weights are stored.
       algorithm: How the linear map is computed.
-      precision: What is rounded, and where.
+      precision: What is rounded, and where: a short form such as 'lsq:w4a4', a mapping of sites, or
+        a `Precision`, which it becomes; see `ops.precision`.
       start: How parameters start, a name in `STARTS`. 'variance' is for layers without branch norm,
         whose second moments are those of `ops.neurons`.
 
@@ -64,12 +66,13 @@ class LayerSpec:
     backward: str = "hybrid"
     kernel: str = "dense"
     algorithm: str = "direct"
-    precision: str = "float"
+    precision: Precision | str | Mapping = precision.FLOAT
     start: str = "own"
 
     def __post_init__(self):
         for axis, table in AXES.items():
             names.pick(axis, getattr(self, axis), table)
+        object.__setattr__(self, "precision", precision.parse(self.precision))
         parts = self.parts
         if self.start == "relinear" and not parts.relinear:
             able = [name for name, other in neurons.NEURONS.items() if other.relinear]
@@ -91,7 +94,7 @@ class LayerSpec:
 
     @property
     def storage(self) -> tuple[str, ...]:
-        """The axes that decide which parameters there are; the others read the same ones."""
+        """The axes that decide which parameters the branches have; the others read the same."""
         return self.neuron, self.norm, self.kernel
 
     @property

@@ -8,6 +8,7 @@ A map is a frozen, hashable dataclass, so that it can be a static argument of a 
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -50,12 +51,25 @@ def split(z: Array, branches: int, groups: int = 1) -> list[Array]:
 
 @dataclasses.dataclass(frozen=True)
 class DenseMap:
-    """Matrix product. x `(..., in)`, each kernel `(in, out)`, result `(..., B*out)`."""
+    """Matrix product. x `(..., in)`, each kernel `(in, out)`, result `(..., B*out)`.
+
+    `out` is the type of the result and of its sums, x's if not given.
+    """
 
     groups: int = 1
 
-    def __call__(self, x: Array, kernels: Sequence[Array]) -> Array:
-        return x @ fuse(kernels).astype(x.dtype)
+    def __call__(
+        self, x: Array, kernels: Sequence[Array], *, out: jnp.dtype | None = None
+    ) -> Array:
+        return jnp.matmul(x, fuse(kernels).astype(x.dtype), preferred_element_type=out)
+
+    def padded(self, x: Array) -> "tuple[Array, DenseMap]":
+        """x with its padding, which is none, and the map of that."""
+        return x, self
+
+    def window_mean(self, x: Array) -> Array:
+        """The mean of the positions that each output reads: one here."""
+        return x
 
     def windows(self, x: Array) -> Array:
         """The inputs of each output value: `(..., in)` to `(..., 1, in)`."""
@@ -67,7 +81,7 @@ class ConvMap:
     """Direct convolution over 1, 2 or 3 spatial axes.
 
     x `(N, *spatial, in)`, each kernel `(*kernel_size, in/groups, out)`, result
-    `(N, *spatial', B*out)`. `kernel_size` is asked for by `windows` alone.
+    `(N, *spatial', B*out)`. `kernel_size` is not asked for by the map itself.
     """
 
     strides: tuple[int, ...]
@@ -76,7 +90,9 @@ class ConvMap:
     groups: int = 1
     kernel_size: tuple[int, ...] = ()
 
-    def __call__(self, x: Array, kernels: Sequence[Array]) -> Array:
+    def __call__(
+        self, x: Array, kernels: Sequence[Array], *, out: jnp.dtype | None = None
+    ) -> Array:
         spatial = "DHW"[-len(self.strides) :]
         return lax.conv_general_dilated(
             x,
@@ -86,18 +102,27 @@ class ConvMap:
             rhs_dilation=self.dilation,
             dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
             feature_group_count=self.groups,
+            preferred_element_type=out,
         )
+
+    def padded(self, x: Array) -> "tuple[Array, ConvMap]":
+        """x with its padding of zeros, and the map of that, which pads no more."""
+        x = jnp.pad(x, ((0, 0), *self._pads(x), (0, 0)))
+        return x, dataclasses.replace(self, padding="VALID")
+
+    def window_mean(self, x: Array) -> Array:
+        """The mean over each window, zeros of the padding included: `(N, *spatial, 1)` to
+        `(N, *spatial', 1)`."""
+        ones = jnp.full((*self.kernel_size, 1, 1), 1 / math.prod(self.kernel_size), x.dtype)
+        return dataclasses.replace(self, groups=1)(x, [ones])
 
     def windows(self, x: Array) -> Array:
         """The inputs of each output value: `(N, *spatial, in)` to `(N, *spatial', groups, n)`.
 
         The n = prod(kernel_size) * in / groups are in the order of a kernel's rows.
         """
-        extents = [(k - 1) * d + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True)]
-        padding = self.padding
-        if isinstance(padding, str):
-            padding = lax.padtype_to_pads(x.shape[1:-1], extents, self.strides, padding)
-        x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+        extents = self._extents
+        x = jnp.pad(x, ((0, 0), *self._pads(x), (0, 0)))
         x = x.reshape(*x.shape[:-1], self.groups, x.shape[-1] // self.groups)
         slices = []
         for position in np.ndindex(*self.kernel_size):
@@ -109,3 +134,12 @@ class ConvMap:
             window = map(slice, starts, stops, self.strides)
             slices.append(x[(slice(None), *window)])
         return jnp.concatenate(slices, axis=-1)
+
+    @property
+    def _extents(self) -> list[int]:
+        return [(k - 1) * d + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True)]
+
+    def _pads(self, x: Array) -> Sequence[tuple[int, int]]:
+        if not isinstance(self.padding, str):
+            return self.padding
+        return lax.padtype_to_pads(x.shape[1:-1], self._extents, self.strides, self.padding)

@@ -1,27 +1,131 @@
-"""The precision axis: what is rounded in front of a linear map, and how the gradient passes."""
+"""The precision axis: what is rounded around a linear map, by which quantizer.
+
+Short forms, in which a number is bits, or levels with an L behind it:
+
+    'float'                           nothing is rounded
+    'lsq:w4a4', 'lsq:w3La8'           one method; w: kernel, a: input, o: output, g: gradient
+    'xnor', 'twn'                     one method at each site that needs no number
+    'w=lq:2,a=pact:2'                 a method for each site
+
+The long form is a mapping from 'kernel', 'input', 'output', 'gradient' to the fields of a
+`quantizers.Quantizer`, such as `dict(kernel=dict(method='lsq', bits=4, per='channel'))`.
+"""
 
 import dataclasses
-from collections.abc import Callable
+import re
+from collections.abc import Mapping
+from typing import Any
 
-from jax import Array
+from efficient_nets import names
+from efficient_nets.errors import UserError
+from efficient_nets.ops import quantizers
+from efficient_nets.ops.quantizers import Quantizer
 
-
-def _same(x: Array) -> Array:
-    return x
+LETTERS = {"w": "kernel", "a": "input", "o": "output", "g": "gradient"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """What is rounded.
+    """What is rounded, by site; None where nothing is.
 
     Attributes:
-      input: Array to array of the same shape, applied to what a layer reads. Its gradient is its
-        own: a straight-through estimator by `jax.lax.stop_gradient` or `jax.custom_vjp`.
-      kernel: The same of a branch's kernel.
+      kernel: Each branch's kernel.
+      input: What the layer reads.
+      output: The neuron's value with its biases, before an outer norm.
+      gradient: What the linear maps get back.
     """
 
-    input: Callable[[Array], Array] = _same
-    kernel: Callable[[Array], Array] = _same
+    kernel: Quantizer | None = None
+    input: Quantizer | None = None
+    output: Quantizer | None = None
+    gradient: Quantizer | None = None
+
+    def __str__(self) -> str:
+        """A short form, which ends in '...' where it does not say all."""
+        sites = {letter: getattr(self, site) for letter, site in LETTERS.items()}
+        sites = {letter: quantizer for letter, quantizer in sites.items() if quantizer}
+        if not sites:
+            return "float"
+        shown = {letter: _levels_text(quantizer.levels) for letter, quantizer in sites.items()}
+        found = {quantizer.method for quantizer in sites.values()}
+        if len(found) == 1:
+            text = found.pop() + ":" + "".join(map("".join, shown.items()))
+        else:
+            text = ",".join(f"{x}={q.method}:{shown[x]}" for x, q in sites.items())
+        return text if parse(text) == self else f"{text}..."
+
+    @property
+    def quantizers(self) -> dict[str, Quantizer]:
+        """Those that there are, by site."""
+        sites = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {site: quantizer for site, quantizer in sites.items() if quantizer is not None}
 
 
-PRECISIONS = {"float": Precision()}
+FLOAT = Precision()
+
+
+def parse(value: Any) -> Precision:
+    """A Precision of its short or long form, see above.
+
+    Raises:
+      UserError: on what is neither, an unknown name, or a combination that does not exist.
+    """
+    if isinstance(value, Precision):
+        return value
+    if isinstance(value, str):
+        value = {} if value == "float" else _short_form(value)
+    if not isinstance(value, Mapping):
+        raise UserError(
+            f"precision={value!r}: give 'float', a text such as 'lsq:w4a4', or a mapping of sites"
+        )
+    names.check_fields("precision", value, LETTERS.values())
+    made = {}
+    for site, fields in value.items():
+        if isinstance(fields, Quantizer | None):
+            made[site] = fields
+            continue
+        if not isinstance(fields, Mapping):
+            raise UserError(f"precision.{site}={fields!r}: give a mapping with 'method'")
+        made[site] = quantizers.make(site, fields)
+    return Precision(**made)
+
+
+def _short_form(text: str) -> dict[str, dict]:
+    if "=" in text:
+        return dict(_site(text, part) for part in text.split(","))
+    method, _, sites = text.partition(":")
+    table = names.pick("precision", method, {"float": {}} | quantizers.METHODS)
+    if not sites:
+        able = [site for site, entry in table.items() if entry.default]
+        if not able:
+            raise UserError(f"precision={text!r}: give bits, as in '{method}:w4a4'")
+        return {site: {"method": method} for site in able if site != "output"}
+    found = re.findall(r"([a-z])(\d+L?)", sites)
+    if "".join(map("".join, found)) != sites or not set(dict(found)) <= set(LETTERS):
+        raise UserError(
+            f"precision={text!r}: after the colon give letters of w, a, o, g, each with bits, or "
+            "with levels and an L, as in 'w4a4' or 'w3La8'"
+        )
+    if len(dict(found)) < len(found):
+        raise UserError(f"precision={text!r}: a site is given twice")
+    return {LETTERS[letter]: {"method": method} | _number(n) for letter, n in found}
+
+
+def _site(text: str, part: str) -> tuple[str, dict]:
+    letter, _, rest = part.partition("=")
+    method, _, number = rest.partition(":")
+    if letter not in LETTERS or (number and not re.fullmatch(r"\d+L?", number)):
+        raise UserError(
+            f"precision={text!r}: {part!r} is not understood; a site is as in 'w=lq:2' or "
+            "'a=twn:3L', with w, a, o or g"
+        )
+    return LETTERS[letter], {"method": method} | (_number(number) if number else {})
+
+
+def _number(text: str) -> dict[str, int]:
+    return {"levels": int(text[:-1])} if text.endswith("L") else {"bits": int(text)}
+
+
+def _levels_text(levels: int) -> str:
+    bits = (levels - 1).bit_length()
+    return str(bits) if 2**bits == levels else f"{levels}L"

@@ -34,32 +34,40 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from efficient_nets.ops import batch_norm, forms, linear_maps, neurons
+from efficient_nets.ops import batch_norm, branch_maps, linear_maps, neurons, quantizers
 from efficient_nets.ops.batch_norm import Moments, Norm
-from efficient_nets.ops.precision import PRECISIONS, Precision
+from efficient_nets.ops.branch_maps import Ranges
+from efficient_nets.ops.precision import FLOAT, Precision
+from efficient_nets.ops.quantizers import Arrays
 
 
 class Statistics(NamedTuple):
     """Moments used for each branch and for the combined value; None where there is no norm.
 
+    ranges: Those of the quantizers that were used, moved by this call if `Unit.observes`.
     peak: Largest magnitude of a term of second order, if there is one and `Unit.peak` asks.
     """
 
     branches: tuple[Moments, ...] | None
     outer: Moments | None
+    ranges: Ranges
     peak: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """What is static about a unit: a name of `neurons`, a map of `linear_maps`, what follows."""
+    """What is static about a unit: a name of `neurons`, a map of `linear_maps`, what follows.
+
+    With `observes`, quantizers first move what they observe, as in training.
+    """
 
     neuron: str
     linear_map: linear_maps.DenseMap | linear_maps.ConvMap
     activation: Callable[[Array], Array] | None = None
     branch_epsilon: float = 1e-5
     outer_epsilon: float = 1e-5
-    precision: Precision = PRECISIONS["float"]
+    precision: Precision = FLOAT
+    observes: bool = False
     peak: bool = False
 
     @property
@@ -67,7 +75,9 @@ class Unit:
         return neurons.neuron(self.neuron)
 
 
-def unit(static: Unit, x, kernels, biases, branch_norms=None, outer_norm=None, bias=None):
+def unit(
+    static: Unit, x, kernels, biases, branch_norms=None, outer_norm=None, bias=None, ranges=None
+):
     """Applies a unit; gradients by automatic differentiation, so forward mode works too.
 
     Args:
@@ -79,26 +89,29 @@ def unit(static: Unit, x, kernels, biases, branch_norms=None, outer_norm=None, b
       branch_norms: One `Norm` a branch, or None.
       outer_norm: `Norm` of the combined value, or None.
       bias: Of the combined value `(C,)`, or None.
+      ranges: `branch_maps.Ranges` of the quantizers that `static.precision` has, 'output' included.
 
     Returns:
       y `(..., C)` in x's dtype, and the `Statistics`. These carry no gradient: they are for running
       averages.
     """
     y, statistics = _forward(
-        static, x, kernels, *_prepared(x, biases, branch_norms, outer_norm, bias)
+        static, x, kernels, *_prepared(x, biases, branch_norms, outer_norm, bias), ranges or {}
     )
     return y, lax.stop_gradient(statistics)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _hybrid(static, x, kernels, biases, branch_norms, outer_norm, bias):
-    return _forward(static, x, kernels, biases, branch_norms, outer_norm, bias)
+def _hybrid(static, x, kernels, biases, branch_norms, outer_norm, bias, ranges):
+    return _forward(static, x, kernels, biases, branch_norms, outer_norm, bias, ranges)
 
 
-def hybrid_unit(static: Unit, x, kernels, biases, branch_norms=None, outer_norm=None, bias=None):
+def hybrid_unit(
+    static: Unit, x, kernels, biases, branch_norms=None, outer_norm=None, bias=None, ranges=None
+):
     """`unit` with the symbolic hybrid backward: keeps x and per-channel statistics only."""
     y, statistics = _hybrid(
-        static, x, kernels, *_prepared(x, biases, branch_norms, outer_norm, bias)
+        static, x, kernels, *_prepared(x, biases, branch_norms, outer_norm, bias), ranges or {}
     )
     return y, lax.stop_gradient(statistics)
 
@@ -123,29 +136,11 @@ def _wide(x: Array) -> Array:
     return x.astype(linear_maps.wide(x.dtype))
 
 
-# What a branch may read, `(map, x, kernels) -> (..., B*C)`.
-READS = {
-    "x": lambda linear_map, x, kernels: linear_map(x, kernels),
-    "square": lambda linear_map, x, kernels: linear_map(x * x, kernels),
-    "form": lambda linear_map, x, kernels: linear_maps.fuse(
-        [_form(linear_map, x, kernel) for kernel in kernels], linear_map.groups
-    ),
-}
-
-
-@functools.partial(jax.checkpoint, static_argnums=0)
-def _form(linear_map, x: Array, kernel: Array) -> Array:
-    """Keeps x and not its windows, which are kernel_h * kernel_w times as large."""
-    return forms.quadratic_form(linear_map.windows(x), kernel).astype(x.dtype)
-
-
-def _maps(static: Unit, x: Array, kernels) -> dict[str, Array]:
+def _maps(static: Unit, x: Array, kernels, ranges) -> dict[str, Array]:
     """The branches' linear maps, those that read the same thing fused into one."""
-    x, kernels = static.precision.input(x), list(map(static.precision.kernel, kernels))
-    return {
-        kind: READS[kind](static.linear_map, x, [kernels[i] for i in positions])
-        for kind, positions in static.parts.kinds.items()
-    }
+    return branch_maps.branch_maps(
+        static.precision, static.linear_map, static.parts.kinds, x, kernels, ranges
+    )
 
 
 def _split(static: Unit, z: dict[str, Array]) -> list[Array]:
@@ -186,9 +181,17 @@ def _normalise_all(static: Unit, zs, norms, used) -> list[Array]:
     return [batch_norm.normalise(z, norm, of, static.branch_epsilon) for z, norm, of in triples]
 
 
-def _values(static: Unit, x, kernels, biases, branch_norms):
+def _rounded_output(static: Unit, y: Array, arrays: Arrays) -> Array:
+    return (
+        y
+        if static.precision.output is None
+        else quantizers.quantize(static.precision.output, y, arrays)
+    )
+
+
+def _values(static: Unit, x, kernels, biases, branch_norms, ranges):
     """What is combined, a value a branch, and the moments that their norms used."""
-    zs = _branches(static, _maps(static, x, kernels), biases)
+    zs = _branches(static, _maps(static, x, kernels, ranges), biases)
     used = None
     if branch_norms is not None:
         used = tuple(
@@ -197,17 +200,19 @@ def _values(static: Unit, x, kernels, biases, branch_norms):
     return _normalise_all(static, zs, branch_norms, used), used
 
 
-def branch_values(static: Unit, x, kernels, biases=None, branch_norms=None) -> list[Array]:
+def branch_values(
+    static: Unit, x, kernels, biases=None, branch_norms=None, ranges=None
+) -> list[Array]:
     """What `static.parts.combine` takes: the branches' values behind bias and norm.
 
     Args:
-      static, x, kernels, biases, branch_norms: As in `unit`.
+      static, x, kernels, biases, branch_norms, ranges: As in `unit`.
 
     Returns:
       B arrays `(..., C)` in float32 or wider.
     """
     biases, branch_norms, *_ = _prepared(x, biases, branch_norms, None, None)
-    return _values(static, x, kernels, biases, branch_norms)[0]
+    return _values(static, x, kernels, biases, branch_norms, ranges or {})[0]
 
 
 def _product_peak(static: Unit, hs) -> Array | None:
@@ -218,11 +223,18 @@ def _product_peak(static: Unit, hs) -> Array | None:
     return jnp.max(jnp.stack(peaks)) if peaks else None
 
 
-def _forward(static: Unit, x, kernels, biases, branch_norms, outer_norm, bias):
-    hs, inner = _values(static, x, kernels, biases, branch_norms)
+def _forward(static: Unit, x, kernels, biases, branch_norms, outer_norm, bias, ranges):
+    if static.observes:
+        ranges = branch_maps.observe(static.precision, x, kernels, ranges)
+    hs, inner = _values(static, x, kernels, biases, branch_norms, ranges)
     outer = None
     y = _combine(static, hs, bias)
     peak = _product_peak(static, hs) if static.peak else None
+    if static.precision.output is not None:
+        if static.observes:
+            moved = quantizers.observe(static.precision.output, y, ranges["output"])
+            ranges = {**ranges, "output": moved}
+        y = _rounded_output(static, y, ranges["output"])
     if outer_norm is not None:
         if len(hs) > 1:
             y = lax.optimization_barrier(y)  # or XLA normalises all branches into one tensor first
@@ -230,12 +242,39 @@ def _forward(static: Unit, x, kernels, biases, branch_norms, outer_norm, bias):
         y = batch_norm.normalise(y, outer_norm, outer, static.outer_epsilon)
     if static.activation is not None:
         y = static.activation(y)
-    return y.astype(x.dtype), Statistics(inner, outer, peak)
+    return y.astype(x.dtype), Statistics(inner, outer, ranges, peak)
 
 
 def _hybrid_forward(static, *arguments):
     out = _forward(static, *arguments)
-    return out, (arguments, out[1])
+    return out, (arguments[:-1], out[1])
+
+
+def _learned(ranges: Ranges) -> dict:
+    """The learned arrays alone, in the structure of the ranges."""
+    return jax.tree.map(lambda arrays: arrays.learned, ranges, is_leaf=_is_arrays)
+
+
+def _with_learned(ranges: Ranges, learned: dict) -> Ranges:
+    return jax.tree.map(
+        lambda arrays, learned: arrays._replace(learned=learned),
+        ranges,
+        learned,
+        is_leaf=_is_arrays,
+    )
+
+
+def _cotangent(learned: dict) -> dict:
+    """Of ranges, from that of the learned arrays: what is observed has none."""
+
+    def one(found):
+        return tuple(map(one, found)) if isinstance(found, tuple) else Arrays(found, None)
+
+    return {site: one(found) for site, found in learned.items()}
+
+
+def _is_arrays(node) -> bool:
+    return isinstance(node, Arrays)
 
 
 def _hybrid_backward(static: Unit, saved, cotangents):
@@ -243,16 +282,33 @@ def _hybrid_backward(static: Unit, saved, cotangents):
     # last pass's intermediates along.
     saved, g = lax.optimization_barrier((saved, cotangents[0]))
     (x, kernels, biases, branch_norms, outer_norm, bias), statistics = saved
-    z, transpose = jax.vjp(functools.partial(_maps, static), x, kernels)
+    learned = _learned(statistics.ranges)
+
+    def maps(x, kernels, learned):
+        return _maps(static, x, kernels, _with_learned(statistics.ranges, learned))
+
+    z, transpose = jax.vjp(maps, x, kernels, learned)
 
     def values(z):
         """The branches' values, and what follows their norms."""
         zs = _branches(static, z, biases)
         return zs, _normalise_all(static, zs, branch_norms, statistics.branches)
 
-    def before_outer_norm(z, g):
-        """The cotangent behind the activation, and the combined value that the outer norm takes."""
+    def output(z):
+        """The rounded combined value, and its transpose."""
         combined = _combine(static, values(z)[1], bias)
+        if static.precision.output is None:
+            return combined, None
+        arrays = statistics.ranges["output"]
+        return jax.vjp(
+            lambda y, learned: _rounded_output(static, y, arrays._replace(learned=learned)),
+            combined,
+            arrays.learned,
+        )
+
+    def before_outer_norm(z, g):
+        """The cotangent behind the activation, and the value that the outer norm takes."""
+        combined, _ = output(z)
         g = _wide(g)
         if static.activation is not None:
             before = combined
@@ -278,7 +334,10 @@ def _hybrid_backward(static: Unit, saved, cotangents):
         g = batch_norm.input_gradient(
             g, combined, outer_norm, statistics.outer, sums, static.outer_epsilon
         )
-    d_bias = _bias_gradient(g, bias, outer_norm)
+    d_output = {}
+    if static.precision.output is not None:
+        g, d_output["output"] = output(z)[1](g)
+    d_bias = _bias_gradient(g, bias, None if d_output else outer_norm)
     z, g = lax.optimization_barrier((z, g))
 
     if branch_norms is not None:
@@ -293,11 +352,12 @@ def _hybrid_backward(static: Unit, saved, cotangents):
         d_zs = list(map(back, d_zs, zs, branch_norms, statistics.branches, sums))
     d_z = {kind: value.astype(z[kind].dtype) for kind, value in _fuse(static, d_zs).items()}
     d_z = lax.optimization_barrier(d_z)
-    d_x, d_kernels = transpose(d_z)
+    d_x, d_kernels, d_learned = transpose(d_z)
+    d_ranges = _cotangent(d_learned | d_output)
     d_biases = None
     if biases is not None:
         d_biases = tuple(map(_bias_gradient, d_zs, biases, branch_norms or (None,) * len(biases)))
-    return d_x, d_kernels, d_biases, d_branch_norms, d_outer_norm, d_bias
+    return d_x, d_kernels, d_biases, d_branch_norms, d_outer_norm, d_bias, d_ranges
 
 
 def _bias_gradient(g: Array, bias: Array | None, norm: Norm | None) -> Array | None:

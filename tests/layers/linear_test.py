@@ -253,7 +253,7 @@ def test_a_norm_of_another_size_is_named(features, mode):
         ({"backward": "hybird"}, "backward='hybird'.*did you mean 'hybrid'"),
         ({"kernel": "dens"}, "kernel='dens'.*dense"),
         ({"algorithm": "winograd"}, "algorithm='winograd'.*direct"),
-        ({"precision": 8}, "precision=8.*float"),
+        ({"precision": 8}, "precision=8.*'float'"),
         ({"neuron": ["ours"]}, r"neuron=\['ours'\].*linear, ours"),
     ],
 )

@@ -186,7 +186,7 @@ def test_compute_type_of_a_whole_model(net):
         ([{"mtach": "stem"}], r"layers\[0\].*'mtach'.*did you mean 'match'"),
         ([{"match": "stem"}, {"match": "head", "nueron": "ours"}], r"layers\[1\].*'neuron'"),
         ([{"match": "stem", "neuron": "our"}], r"layers\[0\].*neuron='our'.*did you mean 'ours'"),
-        ([{"match": "stem", "precision": "lsq:w4a4"}], "precision='lsq:w4a4'.*allowed float"),
+        ([{"match": "stem", "precision": "lsk:w4a4"}], "precision='lsk'.*allowed .*lsq"),
         ([{"match": "("}], r"layers\[0\].match='\('.*regular expression"),
         ([{"match": None}], r"layers\[0\].match=None.*regular expression"),
         (["stem"], r"layers\[0\]='stem'"),

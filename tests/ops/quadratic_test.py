@@ -350,4 +350,4 @@ def test_statistics_are_numpys(apply, x64):
 
 def test_no_norms_no_statistics(x64):
     case = dense(branch=None, outer=None)
-    assert quadratic.unit(case.unit, *case.arguments())[1] == quadratic.Statistics(None, None)
+    assert quadratic.unit(case.unit, *case.arguments())[1] == quadratic.Statistics(None, None, {})

@@ -1,0 +1,116 @@
+"""The arrays of a layer's quantizers: what is learned, what is observed, and how both start."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from efficient_nets.layers.geometry import Geometry
+from efficient_nets.layers.neuron import Branch
+from efficient_nets.ops import quantizers
+from efficient_nets.ops.branch_maps import Ranges
+from efficient_nets.ops.precision import Precision
+from efficient_nets.ops.quantizers import Arrays, Quantizer
+
+
+class Observed(nnx.Variable):
+    """What a quantizer observes; moved in training only, and not by gradients."""
+
+
+class Range(nnx.Module):
+    """One quantizer's arrays, under the names that its method gives them.
+
+    Attributes:
+      quantizer: Static spec.
+      use_running_average: As of a batch norm: `model.eval()` sets it, and nothing moves then.
+    """
+
+    def __init__(self, quantizer: Quantizer, like: Array, rngs: nnx.Rngs):
+        self.quantizer, self.use_running_average = quantizer, False
+        self.learned, self.observed = (), ()
+        self.set(quantizers.start(quantizer, like))
+        if "seed" in self.observed:
+            self.seed[...] = jax.random.key_data(rngs.params())
+
+    def set(self, arrays: Arrays) -> None:
+        """Takes other arrays for those that it has."""
+        for name in (*self.learned, *self.observed):
+            delattr(self, name)
+        self.learned, self.observed = tuple(arrays.learned), tuple(arrays.observed)
+        for kind, found in ((nnx.Param, arrays.learned), (Observed, arrays.observed)):
+            for name, value in found.items():
+                setattr(self, name, kind(value))
+
+    def arrays(self) -> Arrays:
+        learned, observed = (
+            {name: getattr(self, name)[...] for name in names}
+            for names in (self.learned, self.observed)
+        )
+        return Arrays(learned, observed)
+
+    def update(self, arrays: Arrays) -> None:
+        """Takes the observed arrays as a training step moved them."""
+        if self.use_running_average:
+            return
+        for name in self.observed:
+            getattr(self, name)[...] = arrays.observed[name]
+
+
+def make(
+    geometry: Geometry, precision: Precision, branches: dict[str, Branch], rngs: nnx.Rngs
+) -> nnx.Dict | None:
+    """A `Range` for each site, a kernel's under its branch's name; None where nothing is rounded.
+
+    A kernel's begins as its values say; that of an input or output, which are not known, as for a
+    normal distribution, cut off at 0 where the quantizer is unsigned: see `calibration`.
+    """
+    made = {}
+    for site, quantizer in precision.quantizers.items():
+        if site != "kernel":
+            channels = geometry.in_features if site == "input" else geometry.features
+            made[site] = Range(quantizer, _typical(quantizer, channels), rngs)
+            continue
+        for name, branch in branches.items():
+            kernel = branch.kernel[...]
+            fresh = geometry.kernel_init(rngs.params(), kernel.shape, kernel.dtype)
+            like = jnp.where(jnp.any(kernel != 0), kernel, fresh)  # ReLinear starts some at 0
+            made[name] = Range(quantizer, like, rngs)
+    return nnx.Dict(made) if made else None
+
+
+def _typical(quantizer: Quantizer, channels: int) -> Array:
+    """`(256, channels)` quantiles of a normal distribution, the same for each channel."""
+    shares = (jnp.arange(256, dtype=jnp.float32) + 0.5) / 256
+    values = jax.scipy.stats.norm.ppf(shares)
+    values = values if quantizer.signed else jnp.maximum(values, 0)
+    return jnp.broadcast_to(jnp.expand_dims(values, 1), (256, channels))
+
+
+def arrays(ranges: nnx.Dict | None, branches: Sequence[str]) -> Ranges:
+    """What `ops` take of the ranges."""
+    if ranges is None:
+        return {}
+    found = {site: ranges[site].arrays() for site in ranges if site not in branches}
+    if of_kernels := tuple(ranges[name].arrays() for name in branches if name in ranges):
+        found["kernel"] = of_kernels
+    return found
+
+
+def update(ranges: nnx.Dict, branches: Sequence[str], moved: Ranges) -> None:
+    """Undoes `arrays`, for what a training step observed."""
+    of_kernels = dict(zip(branches, moved.get("kernel", ()), strict=False))
+    for name, found in (moved | of_kernels).items():
+        if name != "kernel":
+            ranges[name].update(found)
+
+
+def losses(ranges: nnx.Dict | None, x: Array, branches: dict[str, Branch]) -> list[Array]:
+    """The quantization losses of input and kernels, of those that have a weight."""
+    found = []
+    for name, range_ in (ranges or {}).items():
+        if range_.quantizer.loss:
+            value = branches[name].kernel[...] if name in branches else x
+            found.append(quantizers.loss(range_.quantizer, value, range_.arrays()))
+    return found

@@ -1,0 +1,143 @@
+"""The linear maps of a neuron's branches, of what precision makes of input and kernels.
+
+Branches that read the same thing are fused into one map. Where input and kernels both have codes on
+a uniform grid, the map is of the codes, and their scales multiply its result:
+
+    z = map(codes_x, codes_w) * (scale_x * scale_w)
+
+Sums of whole numbers below 2^24 are exact in float32, whatever the order, and bfloat16 holds the
+codes of 8 bits: this is what integer arithmetic gives, bit for bit. The gradient is that of
+`map(scale_x * codes_x, scale_w * codes_w)`.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from efficient_nets.ops import forms, linear_maps, quantizers
+from efficient_nets.ops.precision import Precision
+from efficient_nets.ops.quantizers import Arrays
+from efficient_nets.ops.quantizers.spec import Rounded
+from efficient_nets.ops.straight_through import straight_through
+
+# Arrays of the quantizers: of 'kernel' a tuple, one a branch.
+Ranges = Mapping[str, Arrays | tuple[Arrays, ...]]
+
+# What a branch may read, `(map, x, kernels) -> (..., B*C)`.
+READS = {
+    "x": lambda linear_map, x, kernels: linear_map(x, kernels),
+    "square": lambda linear_map, x, kernels: linear_map(x * x, kernels),
+    "form": lambda linear_map, x, kernels: linear_maps.fuse(
+        [_form(linear_map, x, kernel) for kernel in kernels], linear_map.groups
+    ),
+}
+
+
+@functools.partial(jax.checkpoint, static_argnums=0)
+def _form(linear_map, x: Array, kernel: Array) -> Array:
+    """Keeps x and not its windows, which are kernel_h * kernel_w times as large."""
+    return forms.quadratic_form(linear_map.windows(x), kernel).astype(x.dtype)
+
+
+def observe(precision: Precision, x: Array, kernels: Sequence[Array], ranges: Ranges) -> Ranges:
+    """The ranges as x and the kernels move them; that of the output stays."""
+    moved = dict(ranges)
+    if precision.input is not None:
+        moved["input"] = quantizers.observe(precision.input, x, ranges["input"])
+    if precision.gradient is not None:
+        moved["gradient"] = quantizers.observe(precision.gradient, x, ranges["gradient"])
+    if precision.kernel is not None:
+        pairs = zip(kernels, ranges["kernel"], strict=True)
+        moved["kernel"] = tuple(quantizers.observe(precision.kernel, *pair) for pair in pairs)
+    return moved
+
+
+def branch_maps(
+    precision: Precision,
+    linear_map: linear_maps.DenseMap | linear_maps.ConvMap,
+    kinds: Mapping[str, Sequence[int]],
+    x: Array,
+    kernels: Sequence[Array],
+    ranges: Ranges,
+) -> dict[str, Array]:
+    """One fused value `(..., B*C)` for each kind of read, in x's type.
+
+    Args:
+      precision: What is rounded; the site 'output' is not looked at.
+      linear_map: The map.
+      kinds: From a key of `READS` to the positions of the branches that read so.
+      x, kernels: As `linear_map` takes them.
+      ranges: Of the quantizers that precision has.
+    """
+    if precision.input is not None and precision.input.pad == "before":
+        x, linear_map = linear_map.padded(x)
+    x_rounded = _rounded(precision.input, x, ranges.get("input"))
+    of_kernels = ranges.get("kernel", (None,) * len(kernels))
+    rounded = [_rounded(precision.kernel, *pair) for pair in zip(kernels, of_kernels, strict=True)]
+    z = {}
+    for kind, positions in kinds.items():
+        parts = [rounded[i] for i in positions]
+        values = [_value(part, kernels[i]) for i, part in zip(positions, parts, strict=True)]
+        z[kind] = READS[kind](linear_map, _value(x_rounded, x), values)
+        if kind == "x" and _has_codes(x_rounded, parts):
+            exact = _of_codes(linear_map, x, x_rounded, parts)
+            z[kind] = straight_through(lax.stop_gradient(exact), z[kind])
+        z[kind] = _scaled_output(
+            precision, linear_map, x, ranges, [of_kernels[i] for i in positions], z[kind]
+        )
+        if precision.gradient is not None:
+            z[kind] = quantizers.quantize(precision.gradient, z[kind], ranges["gradient"])
+    return z
+
+
+def _rounded(quantizer, x: Array, arrays: Arrays | None) -> Rounded | None:
+    return None if quantizer is None else quantizers.rounded(quantizer, x, arrays)
+
+
+def _value(rounded: Rounded | None, x: Array) -> Array:
+    return x if rounded is None else quantizers.value(rounded).astype(x.dtype)
+
+
+def _has_codes(x: Rounded | None, kernels: Sequence[Rounded | None]) -> bool:
+    """Whether scales can be taken out of the sums: at most samples and features have their own."""
+    return (
+        all(part is not None and part.codes is not None for part in (x, *kernels))
+        and set(x.scale.shape[1:]) <= {1}
+        and all(set(kernel.scale.shape[:-1]) <= {1} for kernel in kernels)
+    )
+
+
+def _of_codes(linear_map, x: Array, x_rounded: Rounded, kernels: Sequence[Rounded]) -> Array:
+    """See the module. In x's type; the sums in float32."""
+    codes = linear_map(
+        x_rounded.codes.astype(x.dtype),
+        [kernel.codes for kernel in kernels],
+        out=linear_maps.wide(x.dtype),
+    )
+    features = codes.shape[-1] // len(kernels)
+    scales = [jnp.broadcast_to(kernel.scale.ravel(), (features,)) for kernel in kernels]
+    scale = linear_maps.fuse(scales, linear_map.groups)
+    per_sample = x_rounded.scale.reshape(-1, *(1,) * (codes.ndim - 1))
+    scale = per_sample * scale.reshape(*(1,) * (codes.ndim - 1), -1)
+    return (codes * scale).astype(x.dtype)
+
+
+def _scaled_output(precision: Precision, linear_map, x, ranges, of_kernels, z: Array) -> Array:
+    """z times the factors that XNOR-Net and XNOR-Net++ have behind the map."""
+    branches = len(of_kernels)
+    factors = [quantizers.output_scale(precision.input, x, ranges.get("input"), linear_map)]
+    factors = factors * branches
+    for i, arrays in enumerate(of_kernels):
+        own = quantizers.output_scale(precision.kernel, x, arrays, linear_map)
+        factors[i] = own if factors[i] is None else factors[i] if own is None else factors[i] * own
+    if all(factor is None for factor in factors):
+        return z
+    parts = linear_maps.split(z, branches, linear_map.groups)
+    parts = [
+        part if factor is None else part * factor.astype(part.dtype)
+        for part, factor in zip(parts, factors, strict=True)
+    ]
+    return linear_maps.fuse(parts, linear_map.groups)

@@ -1,0 +1,273 @@
+"""What a quantizer is: a frozen spec, checked against its method."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from jax import Array
+
+from efficient_nets import names
+from efficient_nets.errors import UserError
+from efficient_nets.ops import straight_through as through
+
+SITES = ("input", "kernel", "output", "gradient")
+STEP_GRADIENTS = {
+    "paper": lambda n, fan, high: (n * high) ** -0.5,  # LSQ, arXiv 1902.08153, section 2.2
+    "none": lambda n, fan, high: 1.0,
+    "1/sqrt(n)": lambda n, fan, high: n**-0.5,
+    "sqrt(n)": lambda n, fan, high: n**0.5,
+    "1/sqrt(fan)": lambda n, fan, high: fan**-0.5,
+    "sqrt(fan)": lambda n, fan, high: fan**0.5,
+}
+NORMALISATIONS = {
+    "none": "as it is",
+    "standard": "(x - mean) / deviation of its group",
+    "restored": "the same, multiplied and shifted back behind the quantizer",
+}
+MAX_LEVELS = 256
+Values = Mapping[str, Array]
+
+
+class Arrays(NamedTuple):
+    """Of a quantizer: `learned` ones have a gradient, `observed` ones are moved by `observe`."""
+
+    learned: dict[str, Array]
+    observed: dict[str, Array]
+
+
+class Rounded(NamedTuple):
+    """What a method makes of x.
+
+    Attributes:
+      surrogate: Shape of x; its gradient is the quantizer's.
+      codes: Whole numbers of x's type, shape of x; None for a method without a uniform grid.
+      scale: Broadcasts to x; the quantized value is `codes * scale`.
+      value: The quantized value, where there are no codes.
+    """
+
+    surrogate: Array
+    codes: Array | None = None
+    scale: Array | None = None
+    value: Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A quantizer's mathematics at one site: `METHODS[name][site]`.
+
+    Attributes:
+      round: `(quantizer, x, arrays) -> Rounded`; arrays are the learned and the observed ones.
+      levels: `levels -> bool`: the level counts that it can have.
+      default: The level count where none is given; 0: one must be given.
+      start: `(quantizer, x) -> (learned, observed)`, from values such as those that it will round;
+        learned arrays are parameters, observed ones are moved by `observe` in training.
+      observe: `(quantizer, x, arrays) -> observed`, or None where nothing moves.
+      output_scale: `(quantizer, x, arrays, linear_map) -> factor` of the map's output, or None.
+      options: Fields of its own, with their defaults.
+      takes: Which of the optional fields of `Quantizer` it heeds.
+      gradients: The pseudo-gradients that it can have, its own first.
+      grouped: Whether it has figures that groups of channels have their own of.
+      per: The granularity where none is given.
+      signed: Whether it is where nothing is said.
+      both_signs: Whether something else can be said.
+    """
+
+    round: Callable[["Quantizer", Array, Values], Rounded]
+    levels: Callable[[int], bool]
+    default: int = 0
+    start: Callable[["Quantizer", Array], tuple[dict, dict]] | None = None
+    observe: Callable[["Quantizer", Array, Values], dict] | None = None
+    output_scale: Callable | None = None
+    options: Mapping[str, Any] = MappingProxyType({})
+    takes: tuple[str, ...] = ()
+    gradients: tuple[str, ...] = ("identity",)
+    grouped: bool = False
+    per: str = "layer"
+    signed: bool = True
+    both_signs: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantizer:
+    """A method at a site. Make one with `quantizer`, which fills in the method's defaults.
+
+    Attributes:
+      site: 'input', 'kernel', 'output' or 'gradient'.
+      method: A name in `METHODS`.
+      levels: Number of values that it can give; 2^bits, or 3 for ternary.
+      signed: Codes `-L/2 ... L/2 - 1`, for odd L `-(L-1)/2 ... (L-1)/2`, for L = 2 -1 and 1;
+        else `0 ... L-1`.
+      per: Which values share a range: 'layer', 'channel', 'groups:n' (n groups of channels) or
+        'size:n' (groups of n channels).
+      axis: Of a kernel, whose channels 'per' means: 'out' or 'in'. Those of its input otherwise.
+      gradient: Pseudo-gradient, a name in `straight_through.SIGN`.
+      step_gradient: Factor of the gradient of a learned step, a name in `STEP_GRADIENTS`.
+      power_of_two: Rounds the scale to a power of two (its gradient straight through).
+      zero_point: A whole-number zero point, so that a range need not be symmetric.
+      normalise: What is done to the values first, a name in `NORMALISATIONS`.
+      post_scale: A learned factor behind it, one a group, that starts at 1.
+      pad: 'after': a convolution pads with zeros behind the quantizer (a binary input then has
+        three values); 'before': it pads first, and zeros are rounded as other values are.
+      loss, loss_norm: Weight of the loss `mean |x - quantized|^p` that is added to the net's, p
+        being 1 for 'l1' and 2 for 'l2'.
+      float_epochs: Epochs at the beginning in which nothing is rounded, and ranges are observed.
+      freeze_epoch: The epoch at which ranges stop moving; 0: never.
+      stages: `(epoch, levels)` pairs: levels before the last ones. `((0, 16), (2, 8))` has 16
+        levels, 8 from epoch 2 on; `levels` are those of the last stage.
+      options: The method's own, as sorted pairs.
+    """
+
+    site: str
+    method: str
+    levels: int
+    signed: bool
+    per: str
+    gradient: str
+    axis: str = "out"
+    step_gradient: str = "paper"
+    power_of_two: bool = False
+    zero_point: bool = False
+    normalise: str = "none"
+    post_scale: bool = False
+    pad: str = "after"
+    loss: float = 0.0
+    loss_norm: str = "l2"
+    float_epochs: float = 0.0
+    freeze_epoch: float = 0.0
+    stages: tuple[tuple[float, int], ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def option(self, name: str) -> Any:
+        return dict(self.options)[name]
+
+    @property
+    def bits(self) -> int:
+        """Bits that a code takes: the whole number that holds all levels."""
+        return (self.levels - 1).bit_length()
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether the epoch decides what it does, see `layers.advance`."""
+        return bool(self.float_epochs or self.freeze_epoch or self.stages)
+
+
+def code_range(levels: int, signed: bool) -> tuple[int, int]:
+    """The lowest and the highest code."""
+    if not signed:
+        return 0, levels - 1
+    if levels == 2:
+        return -1, 1
+    return -(levels // 2), (levels - 1) // 2
+
+
+def quantizer(
+    methods: Mapping[str, Mapping[str, Method]], site: str, fields: Mapping[str, Any]
+) -> Quantizer:
+    """The spec of a mapping of fields: `method`, `bits` or `levels`, and any others of `Quantizer`.
+
+    Raises:
+      UserError: naming the site, the field, the value and what is allowed: nothing is ignored.
+    """
+    here = f"precision.{site}"
+    names.pick("precision's site", site, dict.fromkeys(SITES))
+    fields = dict(fields)
+    if "method" not in fields:
+        raise UserError(f"{here} has no 'method': allowed {', '.join(sorted(methods))}")
+    name = fields.pop("method")
+    sites = names.pick(f"{here}.method", name, methods)
+    if site not in sites:
+        raise UserError(f"{here}.method={name!r}: it is for the site {' and '.join(sites)} only")
+    method = sites[site]
+    common = {field.name for field in dataclasses.fields(Quantizer)} - {"site", "method", "options"}
+    allowed = _fields(site, method, bool(fields.get("post_scale")))
+    for field in fields:
+        if field in common and field not in allowed:
+            raise UserError(f"{here}.{field}: {name!r} does not heed it at this site")
+    names.check_fields(here, fields, ["bits", *allowed, *method.options])
+    levels = _levels(here, name, method, fields)
+    options = {key: fields.pop(key, default) for key, default in method.options.items()}
+    own = dict(signed=method.signed, per=method.per, gradient=method.gradients[0])
+    stages = tuple(tuple(stage) for stage in fields.pop("stages", ()))
+    made = Quantizer(
+        site, name, levels, **own | fields, stages=stages, options=tuple(sorted(options.items()))
+    )
+    _check(here, made, method)
+    return made
+
+
+def _fields(site: str, method: Method, post_scale: bool) -> list[str]:
+    """Fields of `Quantizer` that have an effect for this method at this site."""
+    if site == "gradient":
+        return ["levels"]
+    allowed = ["levels", "signed", "gradient", "loss", "loss_norm", "float_epochs", "post_scale"]
+    allowed += method.takes
+    allowed += {"kernel": ["normalise"], "input": ["pad"]}.get(site, [])
+    if method.grouped or post_scale:
+        allowed += ["per", "axis"] if site == "kernel" else ["per"]
+    return allowed if method.start is None else [*allowed, "freeze_epoch"]
+
+
+def _levels(here: str, name: str, method: Method, fields: dict) -> int:
+    if "bits" in fields and "levels" in fields:
+        raise UserError(f"{here}: give one of bits and levels")
+    if "bits" in fields:
+        bits = fields.pop("bits")
+        if not _whole(bits) or not 1 <= bits <= 8:
+            raise UserError(f"{here}.bits={bits!r}: allowed 1 to 8")
+        levels = 2**bits
+    else:
+        levels = fields.pop("levels", method.default)
+    if not levels:
+        raise UserError(f"{here}.method={name!r}: give bits or levels")
+    if not _whole(levels) or not 2 <= levels <= MAX_LEVELS:
+        raise UserError(f"{here}.levels={levels!r}: allowed 2 to {MAX_LEVELS}")
+    if not method.levels(levels):
+        able = [str(n) for n in range(2, MAX_LEVELS + 1) if method.levels(n)]
+        shown = ", ".join(able[:8] + ["..."] if len(able) > 8 else able)
+        raise UserError(f"{here}.levels={levels}: allowed for {name!r} there: {shown}")
+    return levels
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check(here: str, made: Quantizer, method: Method) -> None:
+    able = dict.fromkeys(method.gradients)
+    names.pick(f"{here}.gradient", made.gradient, able)
+    if made.levels > 2 or not made.signed:
+        able = {key: None for key in able if key in through.ROUNDING}
+        names.pick(f"{here}.gradient (of {made.levels} levels)", made.gradient, able)
+    names.pick(f"{here}.step_gradient", made.step_gradient, STEP_GRADIENTS)
+    names.pick(f"{here}.normalise", made.normalise, NORMALISATIONS)
+    names.pick(f"{here}.axis", made.axis, {"out": None, "in": None})
+    names.pick(f"{here}.pad", made.pad, {"after": None, "before": None})
+    names.pick(f"{here}.loss_norm", made.loss_norm, {"l1": None, "l2": None})
+    if made.signed != method.signed and not method.both_signs:
+        raise UserError(f"{here}.signed={made.signed}: {made.method!r} has no such form")
+    kind, _, count = made.per.partition(":")
+    if kind in ("groups", "size"):
+        if not count.isdigit() or not int(count):
+            raise UserError(f"{here}.per={made.per!r}: give a number, as in '{kind}:4'")
+    else:
+        names.pick(f"{here}.per", made.per, {"layer": 0, "channel": 0, "groups:n": 0, "size:n": 0})
+    for field in ("loss", "float_epochs", "freeze_epoch"):
+        if not getattr(made, field) >= 0:
+            raise UserError(f"{here}.{field}={getattr(made, field)}: must be at least 0")
+    if made.zero_point and (made.signed or made.levels == 2):
+        raise UserError(f"{here}.zero_point: it takes signed=False and more than 2 levels")
+    _check_stages(here, made)
+
+
+def _check_stages(here: str, made: Quantizer) -> None:
+    if not made.stages:
+        return
+    epochs, levels = zip(*made.stages, strict=True)
+    if list(epochs) != sorted(set(epochs)) or epochs[0] != 0:
+        raise UserError(f"{here}.stages={made.stages}: epochs must rise, from 0")
+    if levels[-1] != made.levels or min(levels) < 3 or max(levels) > MAX_LEVELS:
+        raise UserError(
+            f"{here}.stages={made.stages}: the last must have levels={made.levels}, and each of "
+            f"them 3 to {MAX_LEVELS}"
+        )
