@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from efficient_nets import data, models, names, optim, paths, sharding
 from efficient_nets.errors import UserError
 from efficient_nets.layers import rules
+from efficient_nets.ops.quantizers import CALIBRATIONS
 
 # A run may be resumed with other values here: they do not change what is computed.
 FREE_SECTIONS = ("log", "sharding")
@@ -50,6 +51,7 @@ BOUNDS = {
         lambda x: x >= 0,
         (
             *("seed", "train.steps_per_dispatch", "optimizer.clip_norm", "optimizer.weight_decay"),
+            "calibration.batch_size",
             *("schedule.warmup_epochs", "schedule.end_value", "log.histograms_every_epochs"),
         ),
     ),
@@ -97,8 +99,9 @@ def defaults() -> ConfigDict:
             weight_decay=0.0,
             clip_norm=0.0,  # of the global gradient norm
             accumulate=1,  # steps whose gradients are averaged into one update
-            # match, learning_rate (a factor), weight_decay; the first rule that has a field wins
-            rules=(dict(match=r"(^|/)(bias|scale)$", weight_decay=0.0),),
+            # match, learning_rate (a factor), weight_decay; the first rule that has a field wins.
+            # Of the quantizers' ranges PACT's alpha alone decays, as its paper says.
+            rules=(dict(match=r"(^|/)(bias|scale|ranges/.*/(?!alpha)\w+)$", weight_decay=0.0),),
         )
     )
     config.schedule = ConfigDict(
@@ -134,6 +137,12 @@ def defaults() -> ConfigDict:
             keep=3,  # the newest ones; the best one is kept too
             init_from="",  # a workdir whose weights to start from, where path and shape match
             convert_from="",  # a workdir whose trained net `layers` are applied to
+        )
+    )
+    config.calibration = ConfigDict(  # where the ranges of quantizers start, before step 0
+        dict(
+            batch_size=256,  # training images that the net in float is shown; 0: no calibration
+            how="own",  # own: as each paper starts; minmax, percentile, mse, entropy
         )
     )
     config.builder = ConfigDict(  # search.auto_builder: removes layers until a budget is met
@@ -184,6 +193,7 @@ def check(config: ConfigDict) -> None:
         raise UserError("checkpoint.init_from and checkpoint.convert_from: give one of the two")
     if not config.builder.budget and config.builder != reference.builder:
         raise UserError("builder.budget='': without one the other fields of builder do nothing")
+    names.pick("calibration.how", config.calibration.how, CALIBRATIONS)
     names.pick("dtype", config.dtype, {"float32": None, "bfloat16": None})
     paths.check_rules("layers", config.layers, rules.FIELDS)
     paths.check_rules("optimizer.rules", config.optimizer.rules, optim.RULE_FIELDS)

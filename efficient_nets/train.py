@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 
 from efficient_nets import (
     analysis,
+    calibration,
     conversion,
     data,
     experiment,
@@ -90,12 +91,13 @@ def _start(run: Experiment, checkpoints: Checkpoints) -> tuple[TrainState, dict]
         state, meta, step = restored
         logging.info("Goes on from the checkpoint of step %d.", step)
         return state, meta
-    state = run.initial_state()
-    if run.config.checkpoint.convert_from:
-        return conversion.converted_start(run, state), {}
-    if run.config.checkpoint.init_from:
+    state, source = run.initial_state(), run.config.checkpoint
+    if source.convert_from:
+        state = conversion.converted_start(run, state)
+    elif source.init_from:
         state = workdirs.warm_start(run, state)
-    return state, {}
+    trained = bool(source.convert_from or source.init_from)
+    return calibration.calibrated_start(run, state, trained=trained), {}
 
 
 def _loop(run: Experiment, state, meta, evaluation, checkpoints, reporter):
@@ -198,16 +200,24 @@ def train_step(run: Experiment, state: TrainState, batch: dict, resident: dict |
         info=run.dataset.info,
     )
 
+    before, stats = _advanced(run, state)
+
     def loss_fn(params):
-        model = nnx.merge(run.graph, params, state.stats)
+        model = nnx.merge(run.graph, params, stats)
         model.train()
-        logits, peaks = _watched(model, images) if run.config.log.products else (model(images), {})
+        with layers.collecting("losses") as losses:
+            logits, peaks = (
+                _watched(model, images) if run.config.log.products else (model(images), {})
+            )
         loss, metrics = run.task.loss(logits, labels)
+        if losses:
+            metrics["quantization_loss"] = sum(value for _, value in losses)
+            loss = loss + metrics["quantization_loss"]
         return loss, (_stats(model), metrics | peaks)
 
-    gradient, (stats, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
-    updates, optimizer = run.optimizer.update(gradient, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, updates)
+    gradient, (stats, metrics) = jax.grad(loss_fn, has_aux=True)(before)
+    updates, optimizer = run.optimizer.update(gradient, state.optimizer, before)
+    params = optax.apply_updates(before, updates)
     accumulate = run.config.optimizer.accumulate
     metrics["gradient_norm"] = optax.tree.norm(gradient)
     metrics["parameter_norm"] = optax.tree.norm(params)
@@ -220,6 +230,16 @@ def train_step(run: Experiment, state: TrainState, batch: dict, resident: dict |
         optimizer=optimizer,
         ema=_moved(run, state, params, stats),
     ), metrics
+
+
+def _advanced(run: Experiment, state: TrainState):
+    """Parameters and statistics with the quantizers where their schedules are at this step."""
+    model = nnx.merge(run.graph, state.params, state.stats)
+    scheduled = [found for _, found in layers.ranges(model) if found.quantizer.scheduled]
+    if not scheduled:
+        return state.params, state.stats
+    layers.advance(scheduled, state.step.astype(jnp.float32) / run.epoch_steps)
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param)), _stats(model)
 
 
 def _watched(model: nnx.Module, images):

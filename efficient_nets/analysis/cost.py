@@ -28,11 +28,14 @@ class LayerCost:
       input_shape: `(*spatial, C)` of its first call, without the batch axis.
       output_shape: The same of its output.
       neuron, norm, kernel, algorithm, precision: Members of the axes, see `layers.LayerSpec`.
-      bits: Bits that a weight is stored in.
+      bits: Bits of a weight: those of its codes where it is rounded.
+      input_bits: The same of what it is multiplied with.
       params: Its own parameters: kernels, biases and branch norms.
-      bytes: What these take.
+      bytes: What these take in training.
+      packed_bytes: The same with the kernels packed as codes of `bits` bits.
       macs: Multiply-accumulates of the linear maps and multiplications of squares, forms and the
         neuron's products, over all calls.
+      bops: Bit operations: `bits * input_bits` for each of the MACs.
     """
 
     name: str
@@ -46,9 +49,12 @@ class LayerCost:
     algorithm: str
     precision: str
     bits: int
+    input_bits: int
     params: int
     bytes: int
+    packed_bytes: int
     macs: int
+    bops: int
 
 
 def layer_costs(model: nnx.Module, image_shape: Sequence[int]) -> list[LayerCost]:
@@ -67,7 +73,8 @@ def layer_costs(model: nnx.Module, image_shape: Sequence[int]) -> list[LayerCost
     def observer(path, layer, x, y):
         cost = _layer_cost(path, layer, x.shape[1:], y.shape[1:])
         if path in found:
-            cost = dataclasses.replace(found[path], macs=found[path].macs + cost.macs)
+            macs, bops = found[path].macs + cost.macs, found[path].bops + cost.bops
+            cost = dataclasses.replace(found[path], macs=macs, bops=bops)
         found[path] = cost
 
     graph, state = nnx.split(watched(model, observer))
@@ -80,13 +87,17 @@ def layer_costs(model: nnx.Module, image_shape: Sequence[int]) -> list[LayerCost
 
 
 def model_cost(model: nnx.Module, image_shape: Sequence[int]) -> dict[str, Any]:
-    """`params` and `bytes` of all parameters, norms included; `macs` and `layers` of its layers."""
+    """Of all parameters, norms included, `params`, `bytes`, `packed_bytes`; of the layers `macs`,
+    `bops` and `layers`.
+    """
     costs = layer_costs(model, image_shape)
     params, size = _parameters(model)
     return {
         "params": params,
         "macs": sum(cost.macs for cost in costs),
         "bytes": size,
+        "packed_bytes": size - sum(cost.bytes - cost.packed_bytes for cost in costs),
+        "bops": sum(cost.bops for cost in costs),
         "layers": costs,
     }
 
@@ -103,6 +114,12 @@ def _layer_cost(path: str, layer: Layer, input_shape, output_shape) -> LayerCost
     if "form" in spec.parts.kinds:  # products of pairs of inputs, which all features share
         macs += positions * geometry.groups * forms.pairs(geometry.inputs)
     params, size = _parameters(layer)
+    item = jnp.dtype(geometry.param_dtype).itemsize
+    bits, input_bits = (
+        8 * item if quantizer is None else quantizer.bits
+        for quantizer in (spec.precision.kernel, spec.precision.input)
+    )
+    packed = size - sum(math.prod(s) * item - -(-math.prod(s) * bits // 8) for s in kernels)
     return LayerCost(
         name=path,
         kind=type(layer).__name__,
@@ -114,10 +131,13 @@ def _layer_cost(path: str, layer: Layer, input_shape, output_shape) -> LayerCost
         kernel=spec.kernel,
         algorithm=spec.algorithm,
         precision=str(spec.precision),
-        bits=8 * jnp.dtype(geometry.param_dtype).itemsize,
+        bits=bits,
+        input_bits=input_bits,
         params=params,
         bytes=size,
+        packed_bytes=packed,
         macs=macs,
+        bops=bits * input_bits * macs,
     )
 
 

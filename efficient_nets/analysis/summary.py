@@ -17,7 +17,7 @@ FIRST_NUMBER = HEADER.index("bits")  # numbers are flush right
 
 
 def summary_dict(model: nnx.Module, image_shape: Sequence[int]) -> dict[str, Any]:
-    """What summary.json holds: `params`, `macs`, `bytes`, and `layers`, a dict a layer.
+    """What summary.json holds: what `cost.model_cost` gives, with a dict a layer in `layers`.
 
     Args:
       model: See `cost.layer_costs`.
@@ -31,24 +31,29 @@ def layer_table(model: nnx.Module, image_shape: Sequence[int]) -> str:
     """A text table with a line a layer in the order of the calls, and totals.
 
     `parameter` is the shape of a kernel, with `*3` where the neuron has three of it; `neuron` is
-    `ours+branch` where its branches are normed; `share` is of the net's bytes; MACs are for one
-    image. Parameters outside of Dense and Conv, such as the norms between them, share one line.
+    `ours+branch` where its branches are normed; `bits` is that of weights, of inputs if another;
+    `size` is with packed codes, `share` of the net's; MACs are for one image. Parameters
+    outside of Dense and Conv, such as the norms between them, share one line.
 
     Args:
       model: See `cost.layer_costs`.
       image_shape: `(H, W, C)`.
     """
     cost = model_cost(model, image_shape)
-    rows = [_row(layer, cost["bytes"]) for layer in cost["layers"]]
-    if others := cost["bytes"] - sum(layer.bytes for layer in cost["layers"]):
-        rows.append(_sparse_row("other parameters", others, cost["bytes"], ""))
-    total = _sparse_row("total", cost["bytes"], cost["bytes"], _short(cost["macs"]))
+    size = cost["packed_bytes"]
+    rows = [_row(layer, size) for layer in cost["layers"]]
+    if others := size - sum(layer.packed_bytes for layer in cost["layers"]):
+        rows.append(_sparse_row("other parameters", others, size, ""))
+    total = _sparse_row("total", size, size, _short(cost["macs"]))
     table = [HEADER, *rows, total]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["  ".join(_aligned(row, widths)).rstrip() for row in table]
     rule = "-" * max(map(len, lines))
-    figures = f"{cost['params']:,} parameters, {cost['macs']:,} MACs for an image of "
-    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], figures + _shape(image_shape)])
+    figures = f"{cost['params']:,} parameters, {cost['macs']:,} MACs"
+    if size != cost["bytes"]:
+        figures += f", {_short(cost['bops'])} bit operations, {size:,} of {cost['bytes']:,} bytes"
+    figures += f" for an image of {_shape(image_shape)}"
+    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], figures])
 
 
 def _row(layer: LayerCost, total_bytes: int) -> tuple[str, ...]:
@@ -62,9 +67,9 @@ def _row(layer: LayerCost, total_bytes: int) -> tuple[str, ...]:
         layer.kernel,
         layer.algorithm,
         layer.precision,
-        str(layer.bits),
-        _size(layer.bytes),
-        _share(layer.bytes, total_bytes),
+        str(layer.bits) if layer.bits == layer.input_bits else f"{layer.bits}/{layer.input_bits}",
+        _size(layer.packed_bytes),
+        _share(layer.packed_bytes, total_bytes),
         _short(layer.macs),
     )
 

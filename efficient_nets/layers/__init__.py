@@ -5,11 +5,13 @@ from efficient_nets.layers import Conv, LayerSpec
 conv = Conv(16, 32, (3, 3), spec=LayerSpec(neuron="ours", norm="branch"), rngs=nnx.Rngs(0))
 """
 
+from efficient_nets.layers.calibrate import calibrate
 from efficient_nets.layers.collect import collecting
 from efficient_nets.layers.linear import Conv, Dense, Layer, kaiming_normal, layer_norm_act
 from efficient_nets.layers.norm import BatchNorm, LayerNorm
 from efficient_nets.layers.observe import watched
-from efficient_nets.layers.rules import convert, layers, set_compute_dtype
+from efficient_nets.layers.precision import Range, advance
+from efficient_nets.layers.rules import convert, layers, ranges, set_compute_dtype
 from efficient_nets.layers.spec import LayerSpec
 
 __all__ = [
@@ -19,11 +21,15 @@ __all__ = [
     "Layer",
     "LayerNorm",
     "LayerSpec",
+    "Range",
+    "advance",
+    "calibrate",
     "collecting",
     "convert",
     "kaiming_normal",
     "layer_norm_act",
     "layers",
+    "ranges",
     "set_compute_dtype",
     "watched",
 ]

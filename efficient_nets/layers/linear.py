@@ -280,6 +280,11 @@ def layer_norm_act(
     return y if activation is None else activation(y)
 
 
+def without_norm(x: Array, layer: Layer) -> Array:
+    """The layer's value alone, before any norm behind it; `layer.watch` is not shown it."""
+    return _apply_unit(x, layer, None, None)
+
+
 def _apply_unit(x: Array, layer: Layer, norm, activation) -> Array:
     static, arguments = layer.unit_arguments()
     static = dataclasses.replace(static, activation=activation, peak=wanted("peaks"))

@@ -1,6 +1,6 @@
 """The arrays of a layer's quantizers: what is learned, what is observed, and how both start."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +104,12 @@ def update(ranges: nnx.Dict, branches: Sequence[str], moved: Ranges) -> None:
     for name, found in (moved | of_kernels).items():
         if name != "kernel":
             ranges[name].update(found)
+
+
+def advance(ranges: Iterable[Range], epoch: Array | float) -> None:
+    """Moves the ranges to what their schedules say of this epoch, a step's beginning."""
+    for found in ranges:
+        found.set(quantizers.advance(found.quantizer, found.arrays(), epoch))
 
 
 def losses(ranges: nnx.Dict | None, x: Array, branches: dict[str, Branch]) -> list[Array]:

@@ -15,6 +15,7 @@ from flax import nnx
 from efficient_nets import paths
 from efficient_nets.errors import UserError
 from efficient_nets.layers.linear import Layer
+from efficient_nets.layers.precision import Range
 from efficient_nets.layers.spec import LayerSpec
 
 REMOVE = "remove"
@@ -29,6 +30,13 @@ def layers(model: nnx.Module) -> Iterator[tuple[str, Layer]]:
     for path, layer in _with_removed(model):
         if not layer.removed:
             yield path, layer
+
+
+def ranges(model: nnx.Module) -> Iterator[tuple[str, Range]]:
+    """The arrays of every quantizer with their path, such as `stage1/0/conv2/ranges/input`."""
+    for path, layer in layers(model):
+        for name, found in (layer.ranges or {}).items():
+            yield f"{path}/ranges/{name}", found
 
 
 def _with_removed(model: nnx.Module) -> Iterator[tuple[str, Layer]]:

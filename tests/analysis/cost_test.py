@@ -88,9 +88,12 @@ def test_a_quadratic_layer_costs_its_branches_and_products():
         algorithm="direct",
         precision="float",
         bits=32,
+        input_bits=32,
         params=3 * (3 * 3 * 2 * 6 + 6 + 2 * 6),
         bytes=4 * three.params,
+        packed_bytes=4 * three.params,
         macs=3 * 5 * 7 * 6 * 3 * 3 * 2 + 5 * 7 * 6,
+        bops=32 * 32 * three.macs,
     )
 
 
@@ -143,3 +146,16 @@ def test_gradient_checkpointing_does_not_change_the_costs():
     assert len(costs) == 4
     for _ in range(2):  # JAX caches what it traced
         assert analysis.layer_costs(net, (8, 8, 3)) == costs
+
+
+def test_rounded_layers_are_packed():
+    spec = layers.LayerSpec(precision="w=ttq,a=lsq:4")
+    layer = layers.Conv(3, 5, (3, 3), use_bias=False, spec=spec, rngs=nnx.Rngs(0))
+    (cost,) = analysis.layer_costs(layer, (4, 4, 3))
+    assert (cost.bits, cost.input_bits) == (2, 4)  # three levels take two bits
+    assert cost.bytes == 4 * (3 * 3 * 3 * 5 + 2 + 1)  # two scales and a step
+    assert cost.packed_bytes == -(-3 * 3 * 3 * 5 * 2 // 8) + 4 * (2 + 1)
+    assert cost.bops == 2 * 4 * cost.macs
+    total = analysis.model_cost(layer, (4, 4, 3))
+    assert (total["packed_bytes"], total["bops"]) == (cost.packed_bytes, cost.bops)
+    assert "2/4" in analysis.layer_table(layer, (4, 4, 3))

@@ -8,15 +8,17 @@ A method is an entry of `METHODS`: for each site where it can be, its `spec.Meth
 what is not learned, in training and before quantizing; `quantize` moves nothing.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 
+from efficient_nets import names
 from efficient_nets.ops import straight_through as through
 from efficient_nets.ops.linear_maps import wide
-from efficient_nets.ops.quantizers import binary, codebook, groups, spec, uniform
+from efficient_nets.ops.quantizers import binary, codebook, groups, ranges, spec, uniform
 from efficient_nets.ops.quantizers.spec import Arrays, Method, Quantizer, Rounded
 
 __all__ = [
@@ -25,6 +27,8 @@ __all__ = [
     "Method",
     "Quantizer",
     "Rounded",
+    "advance",
+    "calibrate",
     "loss",
     "make",
     "observe",
@@ -35,6 +39,15 @@ __all__ = [
     "start",
     "value",
 ]
+
+CALIBRATIONS = {
+    "own": "as the quantizer's paper starts it",
+    "minmax": "all values",
+    "percentile": "all but one in 10,000 on each side",
+    "mse": "the range of least square error",
+    "entropy": "the range of least divergence between the histograms",
+}
+SEEN = "seen_"  # in front of the name of a learned array: what it will start from
 
 METHODS = uniform.METHODS | binary.METHODS | codebook.METHODS
 
@@ -58,7 +71,39 @@ def start(quantizer: Quantizer, x: Array) -> Arrays:
         learned = learned | {"post_scale": jnp.ones(number, x.dtype)}
     if quantizer.scheduled:
         observed = observed | phase(quantizer, 0.0)
+    if quantizer.float_epochs:
+        observed = observed | {f"{SEEN}{name}": value for name, value in learned.items()}
     return Arrays(learned, observed)
+
+
+def calibrate(quantizer: Quantizer, x: Array, how: str = "own") -> Arrays:
+    """The arrays for values that are known, x.
+
+    Args:
+      quantizer: The spec.
+      x: Values such as it will round.
+      how: 'own': as the method starts; 'minmax', 'percentile', 'mse', 'entropy': to cover a range
+        of `ranges`. A method without a range of its own starts as it does.
+
+    Raises:
+      UserError: on another name.
+    """
+    names.pick("how", how, CALIBRATIONS)
+    arrays, fit = start(quantizer, x), method(quantizer).fit
+    if how == "own" or fit is None:
+        return arrays
+    x = _normalised(quantizer, x.astype(wide(x.dtype)))[0]
+
+    def fitted(lo, hi):
+        found = fit(quantizer, lo, hi)
+        return Arrays(*(old | new for old, new in zip(arrays, found, strict=True)))
+
+    if how == "mse":
+        plain = dataclasses.replace(quantizer, normalise="none", float_epochs=0.0)
+        lo, hi = ranges.least_error(quantizer, x, lambda lo, hi: quantize(plain, x, fitted(lo, hi)))
+    else:
+        lo, hi = getattr(ranges, how)(quantizer, x)
+    return fitted(lo, hi)
 
 
 def phase(quantizer: Quantizer, epoch: Array | float) -> dict[str, Array]:
@@ -74,14 +119,52 @@ def phase(quantizer: Quantizer, epoch: Array | float) -> dict[str, Array]:
     return {name: value.astype(jnp.int32) for name, value in found.items()}
 
 
+def _seen(quantizer: Quantizer, x: Array, arrays: Arrays) -> dict[str, Array]:
+    """While nothing is rounded yet: moving averages of what the learned arrays would start from."""
+    active, before, found = arrays.observed["active"] > 0, arrays.observed, start(quantizer, x)
+    return {
+        f"{SEEN}{name}": jnp.where(
+            active, before[f"{SEEN}{name}"], 0.9 * before[f"{SEEN}{name}"] + 0.1 * value
+        )
+        for name, value in found.learned.items()
+    }
+
+
+def advance(quantizer: Quantizer, arrays: Arrays, epoch: Array | float) -> Arrays:
+    """The arrays at a step's beginning, as the schedule has them then.
+
+    Where rounding begins, learned arrays are what was seen in the float epochs. Where the levels
+    change, a learned step is multiplied by the ratio of the highest codes, so that it covers the
+    same range.
+    """
+    if not quantizer.scheduled:
+        return arrays
+    learned, observed = arrays
+    now = phase(quantizer, epoch)
+    if quantizer.float_epochs:
+        begins = now["active"] > observed["active"]
+        learned = {
+            name: jnp.where(begins, observed[f"{SEEN}{name}"], value)
+            for name, value in learned.items()
+        }
+    if quantizer.stages and "step" in learned:
+        highs = [spec.code_range(levels, quantizer.signed)[1] for _, levels in quantizer.stages]
+        highs = jnp.asarray(highs, learned["step"].dtype)
+        ratio = highs[observed["stage"]] / highs[now["stage"]]
+        learned = learned | {"step": learned["step"] * ratio}
+    return Arrays(learned, observed | now)
+
+
 def observe(quantizer: Quantizer, x: Array, arrays: Arrays) -> Arrays:
     """The arrays with the observed ones moved on by x. Without gradient."""
-    found = method(quantizer).observe
-    if found is None:
-        return arrays
-    before = arrays.observed
-    x = lax.stop_gradient(_normalised(quantizer, x.astype(wide(x.dtype)))[0])
-    moved = lax.stop_gradient(found(quantizer, x, before))
+    found, before = method(quantizer).observe, arrays.observed
+    x = lax.stop_gradient(x)
+    moved = {}
+    if found is not None:
+        normal = _normalised(quantizer, x.astype(wide(x.dtype)))[0]
+        moved = found(quantizer, normal, before)
+    if quantizer.float_epochs:
+        moved = moved | _seen(quantizer, x, arrays)
     if "frozen" in before:
         moved = {
             name: jnp.where(before["frozen"] > 0, before[name], new) for name, new in moved.items()

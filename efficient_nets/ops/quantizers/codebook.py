@@ -146,6 +146,13 @@ def _start_fatnn(q: Quantizer, x: Array):
     return {"slopes": jnp.repeat(jnp.expand_dims(slope, 1), high - low, axis=1)}, {}
 
 
+def _fit_fatnn(q: Quantizer, lo: Array, hi: Array):
+    low, high = code_range(q.levels, q.signed)
+    most = jnp.maximum(hi, -lo) if q.signed else hi
+    slope = high / jnp.where(most > 0, most, 1.0)
+    return {"slopes": jnp.repeat(jnp.expand_dims(slope, 1), high - low, axis=1)}, {}
+
+
 # Powers of two
 
 
@@ -178,6 +185,7 @@ FATNN = Method(
     _fatnn,
     lambda levels: levels in (3, 4),
     start=_start_fatnn,
+    fit=_fit_fatnn,
     gradients=ROUNDING[:1],
     grouped=True,
 )

@@ -63,6 +63,8 @@ class Method:
       start: `(quantizer, x) -> (learned, observed)`, from values such as those that it will round;
         learned arrays are parameters, observed ones are moved by `observe` in training.
       observe: `(quantizer, x, arrays) -> observed`, or None where nothing moves.
+      fit: `(quantizer, lo, hi) -> (learned, observed)` for ranges `(G,)` to cover, or None where
+        the method has none of its own.
       output_scale: `(quantizer, x, arrays, linear_map) -> factor` of the map's output, or None.
       options: Fields of its own, with their defaults.
       takes: Which of the optional fields of `Quantizer` it heeds.
@@ -78,6 +80,7 @@ class Method:
     default: int = 0
     start: Callable[["Quantizer", Array], tuple[dict, dict]] | None = None
     observe: Callable[["Quantizer", Array, Values], dict] | None = None
+    fit: Callable[["Quantizer", Array, Array], tuple[dict, dict]] | None = None
     output_scale: Callable | None = None
     options: Mapping[str, Any] = MappingProxyType({})
     takes: tuple[str, ...] = ()

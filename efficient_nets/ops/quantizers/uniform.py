@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from efficient_nets.ops import linear_maps
 from efficient_nets.ops import straight_through as through
 from efficient_nets.ops.quantizers import groups
 from efficient_nets.ops.quantizers.spec import (
@@ -33,6 +34,11 @@ def limits(q: Quantizer, arrays: Values, x: Array) -> tuple:
     ranges = jnp.asarray([code_range(levels, q.signed) for _, levels in q.stages], x.dtype)
     low, high = ranges[arrays["stage"]]
     return low, high
+
+
+def first_range(q: Quantizer) -> tuple[int, int]:
+    """The lowest and the highest code at the start of training."""
+    return code_range(q.stages[0][1] if q.stages else q.levels, q.signed)
 
 
 def binary(x: Array) -> Array:
@@ -113,7 +119,7 @@ def _noisy_forward(x, steps, key):
 
 def _noisy_backward(saved, g):
     steps, key = saved
-    wide = g.astype(jnp.promote_types(g.dtype, jnp.float32))
+    wide = g.astype(linear_maps.wide(g.dtype))
     steps = steps.astype(wide.dtype)
     most = jnp.max(jnp.abs(wide), axis=tuple(range(1, g.ndim)), keepdims=True)
     most = jnp.broadcast_to(2 * jnp.maximum(most, TINY), g.shape)
@@ -159,8 +165,17 @@ def _pact(q: Quantizer, x: Array, arrays: Values) -> Rounded:
 
 
 def _start_pact(q: Quantizer, x: Array):
-    shape = groups.reduce(q, x, jnp.mean).shape
-    return {"alpha": jnp.full(shape, q.option("alpha"), x.dtype)}, {}
+    """The option `alpha`, or where that is 0 the largest value.
+
+    10, the paper's, rounds nearly all that follows a batch norm to 0 at 2 bits.
+    """
+    most = groups.reduce(q, x if q.site != "kernel" else jnp.abs(x), jnp.max)
+    most = jnp.where(most > 0, most, 1.0)
+    return {"alpha": jnp.full_like(most, q.option("alpha")) if q.option("alpha") else most}, {}
+
+
+def _fit_pact(q: Quantizer, lo: Array, hi: Array):
+    return {"alpha": jnp.maximum(jnp.maximum(-lo, hi) if q.signed else hi, TINY)}, {}
 
 
 # LSQ and LSQ+
@@ -199,9 +214,26 @@ def _step(q: Quantizer, x: Array, step: Array, high) -> Array:
 
 def _start_lsq(q: Quantizer, x: Array):
     """`2 mean |x| / sqrt(high)`, section 2.1."""
-    _, high = code_range(q.stages[0][1] if q.stages else q.levels, q.signed)
+    _, high = first_range(q)
     size = groups.reduce(q, jnp.abs(x), jnp.mean)
     return {"step": 2 * jnp.where(size > 0, size, 1.0) / high**0.5}, {}
+
+
+def _fit_lsq(q: Quantizer, lo: Array, hi: Array):
+    """The step that just covers the range."""
+    low, high = first_range(q)
+    step = jnp.maximum(hi, 0) / high
+    if low:
+        step = jnp.maximum(step, jnp.minimum(lo, 0) / low)
+    return {"step": jnp.where(step > 0, step, 1.0)}, {}
+
+
+def _fit_lsq_plus(q: Quantizer, lo: Array, hi: Array):
+    if q.site == "kernel":
+        return _fit_lsq(q, lo, hi)
+    low, high = first_range(q)
+    step = jnp.where(hi > lo, (hi - lo) / (high - low), 1.0)
+    return {"step": step, "offset": lo - low * step}, {}
 
 
 def _start_lsq_plus(q: Quantizer, x: Array):
@@ -209,7 +241,7 @@ def _start_lsq_plus(q: Quantizer, x: Array):
 
     Of ranges that are 10, 20 ... 100% of that of the values about its middle.
     """
-    low, high = code_range(q.stages[0][1] if q.stages else q.levels, q.signed)
+    low, high = first_range(q)
     if q.site == "kernel":
         mean, std = groups.reduce(q, x, jnp.mean), groups.reduce(q, x, jnp.std)
         most = jnp.maximum(jnp.abs(mean - 3 * std), jnp.abs(mean + 3 * std))
@@ -270,8 +302,11 @@ def _observe_minmax(q: Quantizer, x: Array, arrays: Values) -> dict:
 
 
 def _start_minmax(q: Quantizer, x: Array):
-    least, most = groups.reduce(q, x, jnp.min), groups.reduce(q, x, jnp.max)
-    return {}, {"lo": jnp.minimum(least, 0), "hi": jnp.maximum(most, 0)}
+    return _fit_minmax(q, groups.reduce(q, x, jnp.min), groups.reduce(q, x, jnp.max))
+
+
+def _fit_minmax(q: Quantizer, lo: Array, hi: Array):
+    return {}, {"lo": jnp.minimum(lo, 0), "hi": jnp.maximum(hi, 0)}
 
 
 # The BinaryNet family of the ENAS project, H = 1
@@ -332,6 +367,7 @@ LSQ = Method(
     _lsq,
     any_number,
     start=_start_lsq,
+    fit=_fit_lsq,
     takes=("stages", "step_gradient", "power_of_two"),
     gradients=SIGN,
     grouped=True,
@@ -352,7 +388,8 @@ METHODS = {
             _pact,
             above_two,
             start=_start_pact,
-            options={"alpha": 10.0},
+            fit=_fit_pact,
+            options={"alpha": 0.0},
             takes=("stages",),
             gradients=("clipped",),
             grouped=True,
@@ -361,13 +398,20 @@ METHODS = {
     ),
     "lsq": places(LSQ),
     "lsq+": places(
-        dataclasses.replace(LSQ, levels=above_two, start=_start_lsq_plus, gradients=ROUNDING)
+        dataclasses.replace(
+            LSQ,
+            levels=above_two,
+            start=_start_lsq_plus,
+            fit=_fit_lsq_plus,
+            gradients=ROUNDING,
+        )
     ),
     "minmax": places(
         Method(
             _minmax,
             above_two,
             start=_start_minmax,
+            fit=_fit_minmax,
             observe=_observe_minmax,
             options={"momentum": 0.01},
             takes=("stages", "power_of_two", "zero_point"),

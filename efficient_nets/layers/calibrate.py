@@ -1,0 +1,52 @@
+"""Ranges of inputs and outputs, from what the net in float does with a batch."""
+
+import dataclasses
+
+from flax import nnx
+
+from efficient_nets.layers import linear, observe, rules
+from efficient_nets.ops import quantizers
+from efficient_nets.ops.precision import FLOAT
+
+
+def calibrate(model: nnx.Module, *inputs, how: str = "own") -> nnx.Module:
+    """A copy whose quantizers have ranges for these inputs.
+
+    Each one gets its arrays from the values that reach it when nothing in the net is rounded; those
+    of kernels, from the kernels. Norms do as the model's mode says: `model.eval()` first for a
+    trained net. Layers inside of `nnx.remat`, `nnx.scan` and the like cannot be reached.
+
+    Args:
+      model: Any module with `Dense` and `Conv` layers; it is left as it is.
+      *inputs: What the model is called with; one batch.
+      how: A key of `quantizers.CALIBRATIONS`.
+    """
+    found: dict[str, dict] = {}
+    specs = {path: layer.spec.precision for path, layer in rules.layers(model)}
+
+    def observer(path, layer, x, y):
+        precision = specs[path]
+        if path in found:  # a later call of the same layer: the first one counts
+            return
+        found[path] = {}
+        if precision.input is not None:
+            found[path]["input"] = quantizers.calibrate(precision.input, x, how)
+        if precision.output is not None:
+            y = linear.without_norm(x, layer)
+            found[path]["output"] = quantizers.calibrate(precision.output, y, how)
+
+    plain = observe.watched(model, observer)
+    for _, layer in rules.layers(plain):
+        layer.spec = dataclasses.replace(layer.spec, precision=FLOAT)
+        layer.ranges = nnx.data(None)
+    plain(*inputs)
+
+    model = nnx.merge(*nnx.split(model))
+    for path, layer in rules.layers(model):
+        for name, range_ in (layer.ranges or {}).items():
+            if name in found.get(path, {}):
+                range_.set(found[path][name])
+            elif name in layer.spec.branches:
+                kernel = getattr(layer, name).kernel[...]
+                range_.set(quantizers.calibrate(range_.quantizer, kernel, how))
+    return model
