@@ -19,8 +19,8 @@ from jax import Array, lax
 
 from efficient_nets.ops import forms, linear_maps, quantizers
 from efficient_nets.ops.precision import Precision
-from efficient_nets.ops.quantizers import Arrays
-from efficient_nets.ops.quantizers.spec import Rounded
+from efficient_nets.ops.quantizers import Arrays, Quantizer
+from efficient_nets.ops.quantizers.spec import Rounded, code_range
 from efficient_nets.ops.straight_through import straight_through
 
 # Arrays of the quantizers: of 'kernel' a tuple, one a branch.
@@ -80,11 +80,16 @@ def branch_maps(
     z = {}
     for kind, positions in kinds.items():
         parts = [rounded[i] for i in positions]
-        values = [_value(part, kernels[i]) for i, part in zip(positions, parts, strict=True)]
-        z[kind] = READS[kind](linear_map, _value(x_rounded, x), values)
+        own = [kernels[i] for i in positions]
+        exact = None
         if kind == "x" and _has_codes(x_rounded, parts):
-            exact = _of_codes(linear_map, x, x_rounded, parts)
-            z[kind] = straight_through(lax.stop_gradient(exact), z[kind])
+            exact = lax.stop_gradient(_of_codes(precision, linear_map, x, x_rounded, own, parts))
+        if exact is not None and not _trainable(own):
+            z[kind] = exact
+        else:
+            values = [_value(part, kernel, x) for part, kernel in zip(parts, own, strict=True)]
+            z[kind] = READS[kind](linear_map, _value(x_rounded, x, x), values)
+            z[kind] = z[kind] if exact is None else straight_through(exact, z[kind])
         z[kind] = _scaled_output(
             precision, linear_map, x, ranges, [of_kernels[i] for i in positions], z[kind]
         )
@@ -97,8 +102,16 @@ def _rounded(quantizer, x: Array, arrays: Arrays | None) -> Rounded | None:
     return None if quantizer is None else quantizers.rounded(quantizer, x, arrays)
 
 
-def _value(rounded: Rounded | None, x: Array) -> Array:
-    return x if rounded is None else quantizers.value(rounded).astype(x.dtype)
+def _value(rounded: Rounded | None, x: Array, like: Array) -> Array:
+    """What is computed with; of its own type, or of that of `like` if that is a whole number's."""
+    if rounded is None:
+        return x
+    return quantizers.value(rounded).astype(x.dtype if _trainable([x]) else like.dtype)
+
+
+def _trainable(kernels: Sequence[Array]) -> bool:
+    """A net for use has kernels of whole numbers, see `deploy.to_integers`."""
+    return all(jnp.issubdtype(kernel.dtype, jnp.floating) for kernel in kernels)
 
 
 def _has_codes(x: Rounded | None, kernels: Sequence[Rounded | None]) -> bool:
@@ -110,19 +123,39 @@ def _has_codes(x: Rounded | None, kernels: Sequence[Rounded | None]) -> bool:
     )
 
 
-def _of_codes(linear_map, x: Array, x_rounded: Rounded, kernels: Sequence[Rounded]) -> Array:
-    """See the module. In x's type; the sums in float32."""
-    codes = linear_map(
-        x_rounded.codes.astype(x.dtype),
-        [kernel.codes for kernel in kernels],
-        out=linear_maps.wide(x.dtype),
-    )
+def _of_codes(precision, linear_map, x, x_rounded, own, kernels: Sequence[Rounded]) -> Array:
+    """See the module. In x's type; sums in float32, or in int32 for kernels of whole numbers."""
+    wide = linear_maps.wide(x.dtype)
+    if _trainable(own):
+        codes = [kernel.codes for kernel in kernels]
+        codes = linear_map(x_rounded.codes.astype(x.dtype), codes, out=wide)
+    else:
+        codes = _integer_sums(precision.input, linear_map, x_rounded.codes, own).astype(wide)
     features = codes.shape[-1] // len(kernels)
     scales = [jnp.broadcast_to(kernel.scale.ravel(), (features,)) for kernel in kernels]
     scale = linear_maps.fuse(scales, linear_map.groups)
     per_sample = x_rounded.scale.reshape(-1, *(1,) * (codes.ndim - 1))
     scale = per_sample * scale.reshape(*(1,) * (codes.ndim - 1), -1)
     return (codes * scale).astype(x.dtype)
+
+
+def _integer_sums(quantizer: Quantizer, linear_map, codes: Array, kernels) -> Array:
+    """The map of whole numbers, in int32: `(..., B*C)`.
+
+    Operands are int8 where the codes fit. 0 ... 255 are moved down by 128, which 128 times the sum
+    of a feature's weights makes good; what is padded is 0 before that.
+    """
+    low, high = code_range(quantizer.levels, quantizer.signed)
+    if quantizer.zero_point or any(kernel.dtype != jnp.int8 for kernel in kernels):
+        wide = [kernel.astype(jnp.int32) for kernel in kernels]
+        return linear_map(codes.astype(jnp.int32), wide)
+    if -128 <= low and high <= 127:
+        return linear_map(codes.astype(jnp.int8), kernels, out=jnp.int32)
+    codes, linear_map = linear_map.padded(codes.astype(jnp.int32))
+    sums = linear_map((codes - 128).astype(jnp.int8), kernels, out=jnp.int32)
+    columns = [jnp.sum(k.astype(jnp.int32), axis=tuple(range(k.ndim - 1))) for k in kernels]
+    added = 128 * linear_maps.fuse(columns, linear_map.groups)
+    return sums + added.reshape(*(1,) * (sums.ndim - 1), -1)
 
 
 def _scaled_output(precision: Precision, linear_map, x, ranges, of_kernels, z: Array) -> Array:

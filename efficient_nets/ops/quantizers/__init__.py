@@ -29,6 +29,8 @@ __all__ = [
     "Rounded",
     "advance",
     "calibrate",
+    "has_wide_codes",
+    "is_over",
     "loss",
     "make",
     "observe",
@@ -36,7 +38,9 @@ __all__ = [
     "phase",
     "quantize",
     "rounded",
+    "settled",
     "start",
+    "stored",
     "value",
 ]
 
@@ -52,13 +56,56 @@ SEEN = "seen_"  # in front of the name of a learned array: what it will start fr
 METHODS = uniform.METHODS | binary.METHODS | codebook.METHODS
 
 
+def _stored(quantizer: Quantizer, x: Array, arrays) -> Rounded:
+    return Rounded(x, codes=x, scale=arrays["scale"])
+
+
+# A kernel of whole numbers already, with its scales: what `stored` gives a net for use.
+STORED = Method(_stored, lambda levels: True, output_scale=binary.spatial_scale)
+
+
 def make(site: str, fields: Mapping[str, Any]) -> Quantizer:
     """See `spec.quantizer`."""
     return spec.quantizer(METHODS, site, fields)
 
 
 def method(quantizer: Quantizer) -> Method:
-    return METHODS[quantizer.method][quantizer.site]
+    return STORED if quantizer.method == "stored" else METHODS[quantizer.method][quantizer.site]
+
+
+def stored(quantizer: Quantizer, arrays: Arrays, rounded: Rounded) -> tuple[Quantizer, Arrays]:
+    """The quantizer, and its arrays, that a kernel of this one's codes has."""
+    spec = Quantizer("kernel", "stored", quantizer.levels, quantizer.signed, "layer", "identity")
+    factors = {name: x for name, x in arrays.learned.items() if binary.is_factor(name)}
+    return spec, Arrays(factors, {"scale": rounded.scale})
+
+
+def is_over(quantizer: Quantizer, arrays: Arrays) -> bool:
+    """Whether the schedule, if there is one, has come to its last levels."""
+    if not quantizer.scheduled:
+        return True
+    last = int(arrays.observed["stage"]) == max(len(quantizer.stages) - 1, 0)
+    return last and bool(arrays.observed["active"])
+
+
+def has_wide_codes(quantizer: Quantizer) -> bool:
+    """Whether a kernel's codes may lie outside of -128 ... 127.
+
+    DoReFa's are `1-L ... L-1` in steps of 2; a zero point makes them as wide.
+    """
+    return (quantizer.method == "dorefa" or not quantizer.signed) and quantizer.levels > 128
+
+
+def settled(quantizer: Quantizer, arrays: Arrays) -> tuple[Quantizer, Arrays]:
+    """The same without its schedule, as that is in the end."""
+    plain = dataclasses.replace(quantizer, float_epochs=0.0, freeze_epoch=0.0, stages=())
+    phases = phase(quantizer, 0.0)
+    observed = {
+        name: x
+        for name, x in arrays.observed.items()
+        if name not in phases and not name.startswith(SEEN)
+    }
+    return plain, arrays._replace(observed=observed)
 
 
 def start(quantizer: Quantizer, x: Array) -> Arrays:

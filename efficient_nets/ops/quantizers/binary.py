@@ -93,11 +93,16 @@ def _start_scaled(q: Quantizer, x: Array):
     return {name: jnp.ones(shape, x.dtype) for name, shape in shapes.items()}, {}
 
 
-def _spatial_scale(q: Quantizer, x: Array, arrays: Values, linear_map) -> Array | None:
+def is_factor(name: str) -> bool:
+    """Whether a learned array of XNOR-Net++ is one of the position."""
+    return name == "positions" or name.startswith("axis")
+
+
+def spatial_scale(q: Quantizer, x: Array, arrays: Values, linear_map) -> Array | None:
     """XNOR-Net++, cases 2 to 4: the product of the factors that depend on the position."""
     factor = None
     for name, value in arrays.items():
-        if name == "positions" or name.startswith("axis"):
+        if is_factor(name):
             value = jnp.expand_dims(value, 0)
             factor = value if factor is None else factor * value
     return factor
@@ -194,7 +199,7 @@ METHODS = {
             default=2,
             start=_start_scaled,
             options={"case": 1, "size": ()},
-            output_scale=_spatial_scale,
+            output_scale=spatial_scale,
             gradients=SIGN,
             per="channel",
         ),

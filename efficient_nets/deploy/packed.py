@@ -1,0 +1,110 @@
+"""Nets for use as files: weights as bits, everything else in its own type.
+
+The format is safetensors: other programs can read it, and reading it runs nothing. A rounded kernel
+is two arrays there: `NAME`, packed indices (see `ops.packing`), and `NAME:values`, what the indices
+stand for, `(1, L)`, or `(features, L)` where each feature has its own. The file's metadata have
+shape, bits and type.
+"""
+
+import json
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import numpy as safetensors
+from safetensors import safe_open
+
+from efficient_nets import layers, paths
+from efficient_nets.deploy.integer import is_settled, to_integers
+from efficient_nets.errors import UserError
+from efficient_nets.ops import packing
+
+VALUES = ":values"
+
+
+def save(model: nnx.Module, path: pathlib.Path | str) -> int:
+    """Writes what `to_integers(model)` computes with.
+
+    Returns:
+      The file's bytes: the layer table's `packed_bytes`, and beside them running averages, values
+      of the indices and a header.
+
+    Raises:
+      UserError: if a quantizer's schedule is not over.
+    """
+    for name, found in layers.ranges(model):
+        if not is_settled(found):
+            raise UserError(f"{name}: its schedule is not over, so the net is not what it will be")
+    bits = {
+        f"{path}/{branch}/kernel": layer.spec.precision.kernel.bits
+        for path, layer in layers.layers(model)
+        if layer.spec.precision.kernel is not None
+        for branch in layer.spec.branches
+    }
+    arrays, packed = {}, {}
+    for name, value in _leaves(to_integers(model)).items():
+        indexed = _indexed(value, bits[name]) if name in bits else None
+        if indexed is None:
+            arrays[name] = value
+            continue
+        indices, values, used = indexed
+        arrays[name] = packing.pack(indices, used)
+        arrays[name + VALUES] = values
+        packed[name] = {"bits": used, "shape": value.shape}
+    path = pathlib.Path(path)
+    safetensors.save_file(arrays, path, {"packed": json.dumps(packed)})
+    return path.stat().st_size
+
+
+def load(model: nnx.Module, path: pathlib.Path | str) -> nnx.Module:
+    """The net that `save` wrote, in evaluation mode.
+
+    Args:
+      model: A net of the same architecture and layers, with any values.
+      path: The file.
+
+    Raises:
+      UserError: if the file is of another net; names a leaf that differs.
+    """
+    net = to_integers(model, settle=True)
+    with safe_open(path, "np") as file:
+        packed = json.loads(file.metadata()["packed"])
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for name, entry in packed.items():
+        indices = packing.unpack(found[name], entry["bits"], tuple(entry["shape"]))
+        values = found.pop(name + VALUES)
+        columns = np.arange(entry["shape"][-1]) if len(values) > 1 else 0
+        found[name] = values[columns, indices]
+    expected = _leaves(net)
+    for name in sorted({*expected, *found}):
+        here, there = (
+            f"{x[name].dtype}{list(x[name].shape)}" if name in x else "nothing"
+            for x in (expected, found)
+        )
+        if here != there:
+            raise UserError(f"{path} is of another net: {name} is {there} there, {here} here")
+    graph, state = nnx.split(net)
+    values = nnx.to_pure_dict(state)
+    return nnx.merge(graph, paths.map_named(lambda name, _: jnp.asarray(found[name]), values))
+
+
+def _leaves(model: nnx.Module) -> dict[str, np.ndarray]:
+    state = nnx.to_pure_dict(nnx.state(model))
+    return {name: np.asarray(value) for name, value in paths.named_leaves(state).items()}
+
+
+def _indexed(value: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, int] | None:
+    """Indices, the values they stand for, and their bits; None if there are too many values."""
+    whole, columns = np.unique(value), value.reshape(-1, value.shape[-1]).T
+    if len(whole) <= 2**bits:
+        return np.searchsorted(whole, value), whole[None], bits
+    own = [np.unique(column) for column in columns]
+    if max(map(len, own)) > 2**bits:
+        return None
+    width = max(map(len, own))
+    values = np.stack([np.pad(each, (0, width - len(each)), mode="edge") for each in own])
+    indices = np.stack(
+        [np.searchsorted(each, column) for each, column in zip(own, columns, strict=True)]
+    )
+    return indices.T.reshape(value.shape), values, bits

@@ -1,0 +1,113 @@
+"""Nets of whole numbers give what the rounded ones give, bit for bit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from efficient_nets import deploy, layers, models
+from efficient_nets.layers import BatchNorm, Conv, Dense, LayerSpec
+
+EXACT = {
+    "lsq 8": "lsq:w8a8",
+    "lsq 4": "lsq:w4a4",
+    "binary": "bireal",
+    "ternary": "w=twn,a=pact:4",
+    "dorefa": "dorefa:w8a8",
+    "minmax": dict(
+        kernel=dict(method="minmax", bits=8, per="channel"),
+        input=dict(method="minmax", bits=8, signed=False, zero_point=True),
+        output=dict(method="lsq", bits=8, signed=True),
+    ),
+    "scaled": dict(
+        kernel=dict(method="xnor++", case=3, size=(3, 3)), input=dict(method="xnor", k="box")
+    ),
+}
+
+
+def normal(*shape):
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+
+
+def in_use(layer, x):
+    """The layer with ranges for x, in evaluation mode."""
+    layer = layers.calibrate(layer, x, how="minmax")
+    layer.eval()
+    return layer
+
+
+@pytest.mark.parametrize("precision", EXACT.values(), ids=EXACT)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda spec: Conv(8, 12, (3, 3), strides=2, groups=2, spec=spec, rngs=nnx.Rngs(0)),
+        lambda spec: Conv(
+            8, 8, (3, 3), strides=2, groups=8, padding=1, spec=spec, rngs=nnx.Rngs(0)
+        ),
+    ],
+    ids=["grouped", "depthwise"],
+)
+def test_integers_give_the_same_bits(precision, make):
+    x = normal(2, 6, 6, 8) if precision == "bireal" else jnp.abs(normal(2, 6, 6, 8))
+    layer = in_use(make(LayerSpec(precision=precision)), x)
+    found = deploy.to_integers(layer)
+    assert jnp.issubdtype(found.w.kernel.dtype, jnp.integer)
+    np.testing.assert_array_equal(found(x), layer(x))
+    jaxpr = str(jax.make_jaxpr(lambda x: found(x))(x))
+    assert "preferred_element_type=int32" in jaxpr or "dtype=int32" in jaxpr or ":i32" in jaxpr
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+def test_quadratic_and_dense_layers(bits):
+    spec = LayerSpec(neuron="ours", norm="branch", precision=f"lsq:w{bits}a{bits}")
+    x = jnp.abs(normal(5, 20))
+    layer = in_use(Dense(20, 6, spec=spec, rngs=nnx.Rngs(0)), x)
+    np.testing.assert_array_equal(deploy.to_integers(layer)(x), layer(x))
+
+
+@pytest.mark.parametrize("precision", ["w=lq:2,a=lsq:4", "w=ttq,a=lsq:4", "w=log2:3,a=lsq:4"])
+def test_kernels_without_a_grid_stay_values(precision):
+    x = jnp.abs(normal(5, 20))
+    layer = in_use(Dense(20, 6, spec=LayerSpec(precision=precision), rngs=nnx.Rngs(0)), x)
+    found = deploy.to_integers(layer)
+    np.testing.assert_array_equal(found.w.kernel[...], layer.rounded_kernel("w"))
+    assert found.spec.precision.kernel is None and set(found.ranges) == {"input"}
+    np.testing.assert_array_equal(found(x), layer(x))
+
+
+def test_a_whole_net_with_schedules_that_are_over():
+    schedule = dict(float_epochs=1.0, stages=((0, 256), (2, 16)))
+    precision = dict(
+        kernel=dict(method="lsq", bits=4, **schedule), input=dict(method="lsq", bits=4, **schedule)
+    )
+    rules = [dict(match=r"conv\d", precision=precision)]
+    plain = models.create(
+        "resnet",
+        image_shape=(8, 8, 3),
+        num_classes=10,
+        blocks=(1, 1, 1),
+        width=0.25,
+        rngs=nnx.Rngs(0),
+    )
+    net = layers.convert(plain, rules, jax.random.key(0))
+    x = normal(4, 8, 8, 3)
+    net.eval()
+    half = deploy.to_integers(net)  # nothing is rounded yet
+    np.testing.assert_array_equal(half(x), net(x))
+    for epoch in (0.0, 1.0, 2.0):
+        layers.advance([found for _, found in layers.ranges(net)], epoch)
+    found = deploy.to_integers(net)
+    assert found.stage1[0].conv1.w.kernel.dtype == jnp.int8
+    # Before, `where` takes rounded or float values: the sums are not of whole numbers there.
+    np.testing.assert_allclose(found(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_norms_and_activation_stay_fused():
+    x = jnp.abs(normal(2, 6, 6, 4))
+    layer = in_use(Conv(4, 4, (3, 3), spec=LayerSpec(precision="lsq:w4a4"), rngs=nnx.Rngs(0)), x)
+    norm = BatchNorm(4, rngs=nnx.Rngs(0))
+    norm.eval()
+    expected = layers.layer_norm_act(x, layer, norm, nnx.relu)
+    found = layers.layer_norm_act(x, deploy.to_integers(layer), norm, nnx.relu)
+    np.testing.assert_array_equal(found, expected)

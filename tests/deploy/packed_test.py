@@ -1,0 +1,83 @@
+"""Packed files restore to the same outputs, and are as large as the layer table says."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from efficient_nets import analysis, deploy, layers, models
+from efficient_nets.errors import UserError
+from tests.deploy.integer_test import normal
+
+
+def net(precision, seed=0, width=0.5):
+    plain = models.create(
+        "resnet",
+        image_shape=(8, 8, 3),
+        num_classes=10,
+        blocks=(1, 1, 1),
+        width=width,
+        rngs=nnx.Rngs(seed),
+    )
+    rules = [dict(match=r"conv\d|shortcut", precision=precision)]
+    return layers.convert(plain, rules, jax.random.key(seed))
+
+
+@pytest.mark.parametrize(
+    "precision",
+    ["lsq:w4a4", "lsq:w8a8", "dorefa:w8a8", "bireal", "w=twn,a=lsq:3", "w=ttq,a=pact:2", "lq:w3a3"],
+)
+def test_a_file_restores_to_the_same_outputs(precision, tmp_path):
+    trained, x = net(precision), normal(4, 8, 8, 3)
+    trained(x)  # running averages of their own
+    trained = layers.calibrate(trained, x)
+    trained.eval()
+    path = tmp_path / "net.safetensors"
+    size = deploy.save(trained, path)
+    found = deploy.load(net(precision, seed=1), path)
+    np.testing.assert_array_equal(found(x), trained(x))
+
+    assert size == path.stat().st_size < analysis.model_cost(trained, (8, 8, 3))["bytes"]
+
+
+def test_a_file_is_as_large_as_the_layer_table_says(tmp_path):
+    trained = net("lsq:w4a4")
+    path = tmp_path / "net.safetensors"
+    deploy.save(trained, path)
+    said = analysis.model_cost(trained, (8, 8, 3))["packed_bytes"]
+    averages = sum(x.nbytes for x in jax.tree.leaves(nnx.state(trained, nnx.BatchStat)))
+    rounded = [layer for _, layer in layers.layers(trained) if layer.ranges is not None]
+    unused = sum(16 - len(np.unique(_codes(layer))) for layer in rounded)
+    assert _data_bytes(path) == said + averages + 16 * len(rounded) - unused  # int8 values
+
+
+def _codes(layer):
+    return jnp.round(layer.rounded_kernel("w") / layer.ranges["w"].step[0])
+
+
+def _data_bytes(path):
+    content = path.read_bytes()
+    return len(content) - 8 - int.from_bytes(content[:8], "little")
+
+
+def test_a_file_of_another_net(tmp_path):
+    path = tmp_path / "net.safetensors"
+    deploy.save(net("lsq:w4a4"), path)
+    with pytest.raises(UserError, match="of another net: .* there, .* here"):
+        deploy.load(net("lsq:w4a4", width=0.25), path)
+    with pytest.raises(UserError, match="ranges.*nothing there|ranges.*nothing here"):
+        deploy.load(net("w=lsq:4"), path)
+
+
+def test_schedules_must_be_over(tmp_path):
+    spec = dict(input=dict(method="lsq", bits=4, float_epochs=1.0))
+    trained, x = net(spec), normal(4, 8, 8, 3)
+    with pytest.raises(UserError, match="its schedule is not over"):
+        deploy.save(trained, tmp_path / "net")
+    layers.advance([found for _, found in layers.ranges(trained)], 1.0)
+    deploy.save(trained, tmp_path / "net")
+    trained.eval()
+    found = deploy.load(net(spec, seed=1), tmp_path / "net")
+    np.testing.assert_allclose(found(x), trained(x), rtol=1e-5, atol=1e-6)
+    assert jnp.all(jnp.isfinite(found(x)))
