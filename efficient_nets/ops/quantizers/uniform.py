@@ -62,6 +62,11 @@ def divisor(q: Quantizer, scale: Array) -> Array:
     return through.straight_through(jnp.exp2(jnp.round(jnp.log2(lax.stop_gradient(scale)))), scale)
 
 
+def finite(x: Array) -> Array:
+    """x within +-1/TINY, straight through: an infinite one gives 0 * inf as a step's gradient."""
+    return through.straight_through(jnp.clip(x, -1 / TINY, 1 / TINY), x)
+
+
 def _clip(x: Array, low, high) -> Array:
     """Clips; the gradient of x is 1 on both bounds, as a closed interval's."""
     return jnp.where(x > high, high, jnp.where(x < low, low, x))
@@ -89,7 +94,8 @@ def _dorefa_kernel(q: Quantizer, x: Array, arrays: Values) -> Rounded:
         return Rounded(x, binary(x), lax.stop_gradient(groups.spread(q, size, x)))
     tanh = jnp.tanh(x)
     most = groups.reduce(q, jnp.abs(tanh), jnp.max)
-    whole = tanh / groups.spread(q, jnp.maximum(most, TINY), x)  # -1 to 1
+    # A group of zeros is divided by 1, as its gradients are.
+    whole = tanh / groups.spread(q, jnp.where(most > 0, most, 1.0), x)  # -1 to 1
     low, high = limits(q, arrays, x)
     steps = high - low  # L - 1
     codes = 2 * jnp.round((lax.stop_gradient(whole) / 2 + 0.5) * steps) - steps
@@ -175,6 +181,7 @@ def _lsq(q: Quantizer, x: Array, arrays: Values) -> Rounded:
     low, high = limits(q, arrays, x)
     step = _step(q, x, arrays["step"], high)
     scale = groups.spread(q, step, x)
+    x = finite(x)
     shift = None
     if "offset" in arrays:
         shift = groups.spread(q, _scaled(q, x, arrays["offset"], high), x)
