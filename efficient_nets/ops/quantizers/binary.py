@@ -72,7 +72,12 @@ def _box_scale(q: Quantizer, x: Array, arrays: Values, linear_map) -> Array | No
 
 
 def _scaled_kernel(q: Quantizer, x: Array, arrays: Values) -> Rounded:
-    """`sign(w) gamma`, gamma learned, one an output channel: XNOR-Net++, case 1."""
+    """`sign(w) gamma`, gamma learned, one an output channel: XNOR-Net++, case 1.
+
+    Case 2 has no gamma: its factors, one a position and channel, multiply the map's output.
+    """
+    if "gamma" not in arrays:
+        return _sign(q, x, arrays)
     codes = binary(lax.stop_gradient(x))
     scale = groups.spread(q, arrays["gamma"].astype(x.dtype), x)
     return Rounded(pseudo(q, codes, x, -1, 1) * scale, codes, lax.stop_gradient(scale))
