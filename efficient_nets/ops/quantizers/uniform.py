@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from efficient_nets.ops import straight_through as through
+from efficient_nets.ops.linear_maps import wide
 from efficient_nets.ops.quantizers import groups
 from efficient_nets.ops.quantizers.spec import (
     SITES,
@@ -119,12 +120,12 @@ def _noisy_forward(x, steps, key):
 
 def _noisy_backward(saved, g):
     steps, key = saved
-    wide = g.astype(jnp.promote_types(g.dtype, jnp.float32))
-    steps = steps.astype(wide.dtype)
-    most = jnp.max(jnp.abs(wide), axis=tuple(range(1, g.ndim)), keepdims=True)
+    precise = g.astype(wide(g.dtype))
+    steps = steps.astype(precise.dtype)
+    most = jnp.max(jnp.abs(precise), axis=tuple(range(1, g.ndim)), keepdims=True)
     most = jnp.broadcast_to(2 * jnp.maximum(most, TINY), g.shape)
-    noise = jax.random.uniform(key, g.shape, wide.dtype, -0.5, 0.5)
-    whole = jnp.clip(wide / most + 0.5 + noise / steps, 0, 1)
+    noise = jax.random.uniform(key, g.shape, precise.dtype, -0.5, 0.5)
+    whole = jnp.clip(precise / most + 0.5 + noise / steps, 0, 1)
     rounded = most * (jnp.round(whole * steps) / steps - 0.5)
     return rounded.astype(g.dtype), jnp.zeros_like(saved[0]), None
 
@@ -256,13 +257,13 @@ def _minmax(q: Quantizer, x: Array, arrays: Values) -> Rounded:
     elif q.zero_point:
         span = hi - lo
     scale = divisor(q, span / (high - low))
-    wide = groups.spread(q, scale, x)
+    steps = groups.spread(q, scale, x)
     if q.zero_point:
         zero = groups.spread(q, jnp.clip(jnp.round(-lo / scale), low, high), x)
         low, high = low - zero, high - zero
-    u = x / wide
+    u = x / steps
     codes = nearest(q, u, low, high)
-    return Rounded(pseudo(q, codes, u, low, high) * wide, codes, wide)
+    return Rounded(pseudo(q, codes, u, low, high) * steps, codes, steps)
 
 
 def _observe_minmax(q: Quantizer, x: Array, arrays: Values) -> dict:
