@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficient_nets.ops import quantizers
+from efficient_nets.ops import linear_maps, quantizers
 
 # Of float64: a few hundred operations of 1.1e-16 each. A wrong code is off by a whole step.
 TOLERANCE = 1e-12
@@ -453,7 +453,7 @@ def arrays_of(case):
             for group in range(case.groups)
         ],
         "basis": [
-            [0.25 * (1.5 if i == 1 else 1) * 2**i * (1 + group) for i in range(case.spec.bits)]
+            [0.25 * (1.25 if i == 1 else 1) * 2**i * (1 + group) for i in range(case.spec.bits)]
             for group in range(case.groups)
         ],
     }
@@ -650,3 +650,238 @@ def test_normalised_values_that_are_all_alike(method, normalise, kind, x64):
 def test_every_method_and_site_has_a_reference():
     found = {name: set(places) - {"gradient"} for name, places in quantizers.METHODS.items()}
     assert found == {name: set(places) for name, places in REFERENCES.items()}
+
+
+@pytest.mark.parametrize("fields", [{}, dict(per="channel"), dict(momentum=0.25, per="size:2")])
+@pytest.mark.parametrize("site", ["kernel", "input"])
+def test_observed_ranges_are_moving_averages(site, fields, x64):
+    case = Case(site, "minmax", levels=4, **fields)
+    xs = [x + 3.0 if site == "input" else x for x in values_of(case, "edges")]  # 0 is in a range
+    _, observed = arrays_of(case)
+    moved = _observe(case, xs, observed)
+    share = case.spec.option("momentum")
+    for group in range(case.groups):
+        values = [xs[i] for i in case.members(group)]
+        for name, found in (("lo", min(0.0, *values)), ("hi", max(0.0, *values))):
+            expected = (1 - share) * observed[name][group] + share * found
+            assert math.isclose(moved[name][group], expected, rel_tol=TOLERANCE)
+
+
+@pytest.mark.parametrize("levels", [2, 4, 8])
+@pytest.mark.parametrize("site", ["kernel", "input"])
+def test_observed_bases_are_least_squares(site, levels, x64):
+    """`(B'B)^-1 B'x` for the bits B that x has, by elimination; 0.9 of the old basis stays.
+
+    The tolerance is that of the code's ridge, 1e-6 of the diagonal.
+    """
+    case = Case(site, "lq", levels=levels)
+    xs = np.random.default_rng(3).normal(size=len(case.positions)).tolist()
+    _, observed = arrays_of(case)
+    moved = _observe(case, xs, observed)
+    for group in range(case.groups):
+        basis = observed["basis"][group]
+        found = [(xs[i], lq_nearest(lq_levels(case, basis), xs[i])[1]) for i in case.members(group)]
+        rows = [
+            [sum(bits[j] * bits[k] for _, bits in found) for k in range(len(basis))]
+            + [sum(bits[j] * x for x, bits in found)]
+            for j in range(len(basis))
+        ]
+        solved = _eliminate(rows)
+        if solved is None:  # some bit is never set, or two always together
+            continue
+        for old, new, own in zip(basis, solved, moved["basis"][group], strict=True):
+            assert math.isclose(own, 0.9 * old + 0.1 * new, rel_tol=1e-4, abs_tol=1e-4)
+
+
+def _eliminate(rows):
+    """The solution of a symmetric system `[A | b]`, None where A is singular."""
+    rows = [list(row) for row in rows]
+    n = len(rows)
+    for i in range(n):
+        pivot = max(range(i, n), key=lambda j: abs(rows[j][i]))
+        rows[i], rows[pivot] = rows[pivot], rows[i]
+        if abs(rows[i][i]) < 1e-9:
+            return None
+        for j in range(n):
+            if j != i:
+                factor = rows[j][i] / rows[i][i]
+                rows[j] = [a - factor * b for a, b in zip(rows[j], rows[i], strict=True)]
+    return [row[-1] / row[i] for i, row in enumerate(rows)]
+
+
+def _observe(case, xs, observed):
+    arrays = quantizers.Arrays({}, jax.tree.map(jnp.asarray, observed, is_leaf=_list))
+    moved = quantizers.observe(case.spec, jnp.asarray(xs).reshape(case.shape), arrays)
+    return jax.tree.map(lambda array: array.tolist(), moved.observed)
+
+
+def _start(case, xs):
+    arrays = quantizers.start(case.spec, jnp.asarray(xs).reshape(case.shape))
+    return {name: array.tolist() for name, array in (arrays.learned | arrays.observed).items()}
+
+
+@pytest.mark.parametrize("per", ["layer", "groups:2"])
+@pytest.mark.parametrize("site", ["kernel", "input"])
+def test_starts(site, per, x64):
+    def figures(method, levels, xs=None, **fields):
+        case = Case(site, method, levels=levels, per=per, **fields)
+        xs = xs or values_of(case, "edges")
+        groups = [[xs[i] for i in case.members(group)] for group in range(case.groups)]
+        return _start(case, xs), groups, case
+
+    def close(found, expected):
+        np.testing.assert_allclose(found, expected, rtol=TOLERANCE)
+
+    for levels in (2, 4, 256):
+        found, groups, case = figures("lsq", levels)
+        sizes = [sum(map(abs, group)) / len(group) for group in groups]
+        close(found["step"], [2 * size / math.sqrt(case.high) for size in sizes])
+    found, groups, _ = figures("pact", 4, alpha=6.0)
+    close(found["alpha"], [6.0] * len(groups))
+    found, groups, _ = figures("minmax", 4)
+    close(found["lo"], [min(group) for group in groups])
+    close(found["hi"], [max(group) for group in groups])
+    found, groups, case = figures("lq", 4)
+    for basis, group in zip(found["basis"], groups, strict=True):
+        # Powers of two times a base.
+        assert math.isclose(basis[1], 2 * basis[0], rel_tol=TOLERANCE)
+        deviation = math.sqrt(sum(x * x for x in group) / len(group))
+        base = 0.6745 * deviation / 2 if site == "kernel" else 0.6745 * 2 * math.sqrt(2) / 3
+        base *= 1 if site == "kernel" else deviation
+        assert math.isclose(basis[0], base, rel_tol=TOLERANCE)
+    if site == "kernel":
+        found, groups, _ = figures("lsq+", 16)
+        for step, group in zip(found["step"], groups, strict=True):
+            mean = sum(group) / len(group)
+            three = 3 * math.sqrt(sum((x - mean) ** 2 for x in group) / len(group))
+            most = max(abs(mean - three), abs(mean + three))
+            assert math.isclose(step, most / 2**3, rel_tol=TOLERANCE)
+        found, groups, _ = figures("ttq", 3)
+        for i, group in enumerate(groups):
+            threshold = 0.05 * max(map(abs, group))
+            for name, side in (("positive", 1), ("negative", -1)):
+                kept = [side * x for x in group if side * x > threshold]
+                assert math.isclose(found[name][i], sum(kept) / len(kept), rel_tol=TOLERANCE)
+    else:
+        found, groups, case = figures("lsq+", 16)
+        for step, offset, group in zip(found["step"], found["offset"], groups, strict=True):
+            whole = (max(group) - min(group)) / case.high  # all of the range, the last candidate
+            errors = [
+                sum((nearest((x - shift) / s, 0, case.high) * s + shift - x) ** 2 for x in group)
+                for s, shift in ((step, offset), (whole, min(group)))
+            ]
+            assert errors[0] <= errors[1] * (1 + TOLERANCE)
+
+
+def test_noise_of_rounded_gradients(x64):
+    """DoReFa, equation 12, for the noise that the key gives."""
+    case = Case("gradient", "dorefa", levels=4)
+    xs, gs = values_of(case, "edges"), values_of(case, "edges", seed=5)
+    arrays = quantizers.start(case.spec, jnp.ones(case.shape))
+    arrays = quantizers.observe(case.spec, jnp.ones(case.shape), arrays)
+    assert arrays.observed["calls"] == 1
+    key = jax.random.fold_in(jax.random.wrap_key_data(arrays.observed["seed"]), 1)
+    noise = jax.random.uniform(key, case.shape, jnp.float64, -0.5, 0.5).reshape(-1).tolist()
+    x = jnp.asarray(xs).reshape(case.shape)
+    value, back = jax.vjp(lambda x: quantizers.quantize(case.spec, x, arrays), x)
+    np.testing.assert_array_equal(value, x)
+    (found,) = back(jnp.asarray(gs).reshape(case.shape))
+    expected, steps, samples = [], case.spec.levels - 1, case.shape[0]
+    for i, (g, n) in enumerate(zip(gs, noise, strict=True)):
+        sample = i * samples // len(gs)
+        mine = gs[sample * len(gs) // samples : (sample + 1) * len(gs) // samples]
+        most = max(map(abs, mine))
+        whole = min(max(g / (2 * most) + 0.5 + n / steps, 0), 1)
+        expected.append(2 * most * (round(whole * steps) / steps - 0.5))
+    _close(found, expected, "rounded gradient")
+
+
+def test_factors_of_the_output(x64):
+    """XNOR-Net's K: the mean of |x| over channels and window; XNOR-Net++: products of factors."""
+    case = Case("input", "xnor", k="box")
+    xs = values_of(case, "edges")
+    x = jnp.asarray(xs).reshape(case.shape)
+    empty = quantizers.Arrays({}, {})
+    convolution = linear_maps.ConvMap((1,), ((1, 1),), (1,), kernel_size=(3,))
+    found = quantizers.output_scale(case.spec, x, empty, convolution)
+    samples, width, channels = case.shape
+    for n, i in itertools.product(range(samples), range(width)):
+        window = [
+            abs(xs[(n * width + j) * channels + c]) if 0 <= j < width else 0.0
+            for j in (i - 1, i, i + 1)
+            for c in range(channels)
+        ]
+        expected = math.fsum(window) / len(window)
+        assert math.isclose(found[n, i, 0], expected, rel_tol=TOLERANCE)
+    assert quantizers.output_scale(Case("input", "xnor").spec, x, empty, convolution) is None
+
+    generator = np.random.default_rng(2)
+    kernel = jnp.ones(SHAPES["kernel"])
+    for number, axes in ((1, None), (2, "ijc"), (3, "ij"), (4, "i,j")):
+        spec = quantizers.make("kernel", dict(method="xnor++", case=number, size=(2, 3)))
+        learned = quantizers.start(spec, kernel).learned
+        learned = {name: jnp.asarray(generator.normal(size=a.shape)) for name, a in learned.items()}
+        arrays = quantizers.Arrays(learned, {})
+        value = quantizers.quantize(spec, kernel, arrays)
+        found = quantizers.output_scale(spec, x, arrays, convolution)
+        if axes is None:
+            assert found is None
+            continue
+        found = np.broadcast_to(found, (1, 2, 3, 4))
+        for i, j, c in itertools.product(range(2), range(3), range(4)):
+            if axes == "ijc":
+                expected = learned["positions"][i, j, c]
+            elif axes == "ij":
+                expected = learned["positions"][i, j, 0] * learned["gamma"][c]
+            else:
+                expected = learned["axis0"][i, 0, 0] * learned["axis1"][0, j, 0]
+                expected *= learned["gamma"][c]
+            # gamma is the kernel's own factor: together they are the paper's.
+            assert math.isclose(found[0, i, j, c] * value[0, 0, c], expected, rel_tol=TOLERANCE)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_loss(norm, x64):
+    case = Case("input", "lsq", levels=4, loss=0.5, loss_norm=norm)
+    xs = values_of(case, "edges")
+    learned, _ = arrays_of(case)
+    values, _, _ = reference(case, xs, [1.0] * len(xs), learned)
+    errors = [abs(x - value) ** int(norm[1]) for x, value in zip(xs, values, strict=True)]
+    arrays = quantizers.Arrays(jax.tree.map(jnp.asarray, learned, is_leaf=_list), {})
+    found = quantizers.loss(case.spec, jnp.asarray(xs).reshape(case.shape), arrays)
+    assert math.isclose(found, 0.5 * sum(errors) / len(errors), rel_tol=TOLERANCE)
+
+
+@pytest.mark.parametrize("method", ["lsq", "pact", "minmax", "lsq+", "dorefa"])
+def test_stages_are_quantizers_of_their_levels(method, x64):
+    """Each stage is as the quantizer of that many levels; before them, nothing is rounded."""
+    fields = dict(stages=((0, 16), (2, 8), (5, 4)), float_epochs=1.0)
+    staged = Case("input", method, levels=4, **fields)
+    xs = values_of(staged, "edges")
+    x = jnp.asarray(xs).reshape(staged.shape)
+    for epoch, levels in ((0, None), (1, 16), (2, 8), (4.5, 8), (5, 4), (9, 4)):
+        case = Case("input", method, levels=levels or 4)
+        learned, observed = jax.tree.map(jnp.asarray, arrays_of(case), is_leaf=_list)
+        arrays = quantizers.Arrays(learned, observed | quantizers.phase(staged.spec, epoch))
+        found = quantizers.quantize(staged.spec, x, arrays)
+        expected = quantizers.quantize(case.spec, x, quantizers.Arrays(learned, observed))
+        np.testing.assert_array_equal(found, x if levels is None else expected)
+
+
+def test_frozen_arrays_stay_where_they_are(x64):
+    for method, fields in (("lsq", {}), ("minmax", {}), ("lq", {})):
+        case = Case("input", method, levels=4, freeze_epoch=2.0, **fields)
+        x = jnp.asarray(values_of(case, "edges")).reshape(case.shape)
+        base = jax.tree.map(jnp.asarray, arrays_of(Case("input", method, levels=4)), is_leaf=_list)
+        for epoch, moves in ((1, True), (2, False), (3, False)):
+            arrays = quantizers.Arrays(base[0], base[1] | quantizers.phase(case.spec, epoch))
+            moved = quantizers.observe(case.spec, x, arrays).observed
+            for name in base[1]:
+                assert (moved[name] != base[1][name]).any() == moves
+            gradient = jax.grad(
+                lambda learned, arrays=arrays, case=case, x=x: jnp.sum(
+                    quantizers.quantize(case.spec, x, arrays._replace(learned=learned)) * x
+                )
+            )(base[0])
+            for array in gradient.values():
+                assert array.any() == moves
