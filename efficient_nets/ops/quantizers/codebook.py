@@ -12,7 +12,14 @@ from jax import Array, lax
 
 from efficient_nets.ops import straight_through as through
 from efficient_nets.ops.quantizers import groups
-from efficient_nets.ops.quantizers.spec import Method, Quantizer, Rounded, Values, code_range
+from efficient_nets.ops.quantizers.spec import (
+    Method,
+    Quantizer,
+    Rounded,
+    Values,
+    above_zero,
+    code_range,
+)
 from efficient_nets.ops.quantizers.uniform import ROUNDING, binary, finite
 
 # Added to the diagonal of the normal equations, as a share of n: a bit that no value has set would
@@ -168,6 +175,7 @@ LQ = Method(
     start=_start_lq,
     observe=_observe_lq,
     options={"keep": 0.9},
+    allowed={"keep": above_zero(up_to=1)},
     gradients=("identity", "clipped"),
     grouped=True,
     per="channel",

@@ -21,6 +21,7 @@ from efficient_nets.ops.quantizers.spec import (
     Quantizer,
     Rounded,
     Values,
+    above_zero,
     code_range,
 )
 
@@ -332,6 +333,7 @@ DOREFA_INPUT = Method(
     _dorefa_input,
     any_number,
     options={"clip": 1.0},
+    allowed={"clip": above_zero()},
     takes=("stages",),
     gradients=("clipped",),
     signed=False,
@@ -361,6 +363,7 @@ METHODS = {
             above_two,
             start=_start_pact,
             options={"alpha": 10.0},
+            allowed={"alpha": above_zero()},
             takes=("stages",),
             gradients=("clipped",),
             grouped=True,
@@ -378,6 +381,7 @@ METHODS = {
             start=_start_minmax,
             observe=_observe_minmax,
             options={"momentum": 0.01},
+            allowed={"momentum": above_zero(up_to=1)},
             takes=("stages", "power_of_two", "zero_point"),
             gradients=("identity", "clipped", "scaled"),
             grouped=True,
