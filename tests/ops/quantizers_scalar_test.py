@@ -604,6 +604,7 @@ def cases():
         for method, fields in dict(lsq=dict(levels=4, per="channel"), twn={}, xnor={}).items():
             yield Case("kernel", method, normalise=normalise, post_scale=post_scale, **fields)
     yield Case("kernel", "sign", post_scale=True, per="groups:2", axis="in")
+    yield Case("kernel", "xnor++", post_scale=True, axis="in")
     yield Case("input", "minmax", levels=4, post_scale=True, per="channel")
     yield Case("output", "ternarize", post_scale=True, per="size:2")
 
