@@ -82,6 +82,8 @@ def parse(value: Any) -> Precision:
     made = {}
     for site, fields in value.items():
         if isinstance(fields, Quantizer | None):
+            if fields is not None and fields.site != site:
+                raise UserError(f"precision.{site}: the quantizer is one for {fields.site!r}")
             made[site] = fields
             continue
         if not isinstance(fields, Mapping):
@@ -92,7 +94,10 @@ def parse(value: Any) -> Precision:
 
 def _short_form(text: str) -> dict[str, dict]:
     if "=" in text:
-        return dict(_site(text, part) for part in text.split(","))
+        found = [_site(text, part) for part in text.split(",")]
+        if len(dict(found)) < len(found):
+            raise UserError(f"precision={text!r}: a site is given twice")
+        return dict(found)
     method, _, sites = text.partition(":")
     table = names.pick("precision", method, {"float": {}} | quantizers.METHODS)
     if not sites:

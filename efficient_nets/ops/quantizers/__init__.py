@@ -258,13 +258,21 @@ def value(found: Rounded) -> Array:
 
 
 def _normalised(quantizer: Quantizer, x: Array):
-    """x as `normalise` says, and the `(deviation, mean)` that undo it."""
+    """x as `normalise` says, and the `(deviation, mean)` that undo it.
+
+    Values that are all alike, but for the rounding of their mean, give zeros: their deviation is
+    taken for 1, as a root has no derivative at 0.
+    """
     if quantizer.normalise == "none":
         return x, None
     mean = groups.spread(quantizer, groups.reduce(quantizer, x, jnp.mean), x)
-    std = groups.spread(quantizer, groups.reduce(quantizer, x, jnp.std), x)
-    std = jnp.maximum(std, uniform.TINY)
-    return (x - mean) / std, (std, mean)
+    centred = x - mean
+    variance = groups.reduce(quantizer, jnp.square(centred), jnp.mean)
+    variance = groups.spread(quantizer, variance, x)
+    alike = variance <= jnp.square(8 * jnp.finfo(x.dtype).eps * mean)
+    centred = through.straight_through(jnp.where(alike, 0.0, centred), centred)
+    std = jnp.sqrt(jnp.where(alike, 1.0, variance))
+    return centred / std, (std, mean)
 
 
 def output_scale(quantizer: Quantizer | None, x: Array, arrays, linear_map) -> Array | None:

@@ -11,7 +11,15 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from efficient_nets.ops.quantizers import groups
-from efficient_nets.ops.quantizers.spec import Method, Quantizer, Rounded, Values
+from efficient_nets.ops.quantizers.spec import (
+    Method,
+    Quantizer,
+    Rounded,
+    Values,
+    above_zero,
+    one_of,
+    whole_numbers,
+)
 from efficient_nets.ops.quantizers.uniform import SIGN, binary, pseudo
 
 
@@ -72,9 +80,15 @@ def _box_scale(q: Quantizer, x: Array, arrays: Values, linear_map) -> Array | No
 
 
 def _scaled_kernel(q: Quantizer, x: Array, arrays: Values) -> Rounded:
-    """`sign(w) gamma`, gamma learned, one an output channel: XNOR-Net++, case 1."""
+    """`sign(w) gamma`, gamma learned, one an output channel: XNOR-Net++, case 1.
+
+    Case 2 has no gamma: its factors, one a position and channel, multiply the map's output.
+    """
+    if "gamma" not in arrays:
+        return _sign(q, x, arrays)
     codes = binary(lax.stop_gradient(x))
-    scale = groups.spread(q, arrays["gamma"].astype(x.dtype), x)
+    # Not `groups.spread`, as `axis` may be 'in' for a `post_scale`.
+    scale = arrays["gamma"].astype(x.dtype).reshape(*(1,) * (x.ndim - 1), -1)
     return Rounded(pseudo(q, codes, x, -1, 1) * scale, codes, lax.stop_gradient(scale))
 
 
@@ -181,6 +195,7 @@ XNOR_INPUT = Method(
     two,
     default=2,
     options={"k": "none"},
+    allowed={"k": one_of("none", "channel", "spatial", "box")},
     output_scale=_box_scale,
     gradients=SIGN,
 )
@@ -199,6 +214,7 @@ METHODS = {
             default=2,
             start=_start_scaled,
             options={"case": 1, "size": ()},
+            allowed={"case": one_of(1, 2, 3, 4), "size": whole_numbers()},
             output_scale=spatial_scale,
             gradients=SIGN,
             per="channel",
@@ -211,7 +227,11 @@ METHODS = {
     "twn": {"kernel": TERNARY},
     "ttq": {
         "kernel": dataclasses.replace(
-            TERNARY, round=_ttq, start=_start_ttq, options={"threshold": 0.05}
+            TERNARY,
+            round=_ttq,
+            start=_start_ttq,
+            options={"threshold": 0.05},
+            allowed={"threshold": above_zero(up_to=1)},
         )
     },
     "binarize": dict.fromkeys(

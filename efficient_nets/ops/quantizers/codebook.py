@@ -12,8 +12,15 @@ from jax import Array, lax
 
 from efficient_nets.ops import straight_through as through
 from efficient_nets.ops.quantizers import groups
-from efficient_nets.ops.quantizers.spec import Method, Quantizer, Rounded, Values, code_range
-from efficient_nets.ops.quantizers.uniform import ROUNDING, binary
+from efficient_nets.ops.quantizers.spec import (
+    Method,
+    Quantizer,
+    Rounded,
+    Values,
+    above_zero,
+    code_range,
+)
+from efficient_nets.ops.quantizers.uniform import ROUNDING, binary, finite
 
 # Added to the diagonal of the normal equations, as a share of n: a bit that no value has set would
 # leave them singular.
@@ -125,6 +132,7 @@ def _fatnn(q: Quantizer, x: Array, arrays: Values) -> Rounded:
     """
     slopes = arrays["slopes"].astype(x.dtype)  # (G, steps): those below 0 first
     low, high = code_range(q.levels, q.signed)
+    x = finite(x)
     total = jnp.zeros_like(x)
     for sign, columns in ((-1, range(-low)), (1, range(-low, high - low))):
         passed = jnp.zeros_like(slopes[:, 0])
@@ -174,6 +182,7 @@ LQ = Method(
     start=_start_lq,
     observe=_observe_lq,
     options={"keep": 0.9},
+    allowed={"keep": above_zero(up_to=1)},
     gradients=("identity", "clipped"),
     grouped=True,
     per="channel",

@@ -1,6 +1,7 @@
 """What a quantizer is: a frozen spec, checked against its method."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -67,6 +68,7 @@ class Method:
         the method has none of its own.
       output_scale: `(quantizer, x, arrays, linear_map) -> factor` of the map's output, or None.
       options: Fields of its own, with their defaults.
+      allowed: Of each of those `(what is allowed, value -> bool)`.
       takes: Which of the optional fields of `Quantizer` it heeds.
       gradients: The pseudo-gradients that it can have, its own first.
       grouped: Whether it has figures that groups of channels have their own of.
@@ -83,6 +85,7 @@ class Method:
     fit: Callable[["Quantizer", Array, Array], tuple[dict, dict]] | None = None
     output_scale: Callable | None = None
     options: Mapping[str, Any] = MappingProxyType({})
+    allowed: Mapping[str, tuple[str, Callable[[Any], bool]]] = MappingProxyType({})
     takes: tuple[str, ...] = ()
     gradients: tuple[str, ...] = ("identity",)
     grouped: bool = False
@@ -180,7 +183,7 @@ def quantizer(
     name = fields.pop("method")
     sites = names.pick(f"{here}.method", name, methods)
     if site not in sites:
-        raise UserError(f"{here}.method={name!r}: it is for the site {' and '.join(sites)} only")
+        raise UserError(f"{here}.method={name!r}: it is only for {', '.join(sites)}")
     method = sites[site]
     common = {field.name for field in dataclasses.fields(Quantizer)} - {"site", "method", "options"}
     allowed = _fields(site, method, bool(fields.get("post_scale")))
@@ -189,9 +192,9 @@ def quantizer(
             raise UserError(f"{here}.{field}: {name!r} does not heed it at this site")
     names.check_fields(here, fields, ["bits", *allowed, *method.options])
     levels = _levels(here, name, method, fields)
-    options = {key: fields.pop(key, default) for key, default in method.options.items()}
+    options = {key: _option(here, method, fields, key) for key in method.options}
     own = dict(signed=method.signed, per=method.per, gradient=method.gradients[0])
-    stages = tuple(tuple(stage) for stage in fields.pop("stages", ()))
+    stages = _stages(here, fields.pop("stages", ()))
     made = Quantizer(
         site, name, levels, **own | fields, stages=stages, options=tuple(sorted(options.items()))
     )
@@ -236,7 +239,63 @@ def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _number(value: Any) -> bool:
+    return _whole(value) or isinstance(value, float)
+
+
+def above_zero(*, up_to: float = math.inf) -> tuple[str, Callable[[Any], bool]]:
+    """For `Method.allowed`: numbers above 0, and no more than that."""
+    text = "a number above 0" + (f", up to {up_to:g}" if up_to < math.inf else "")
+    return text, lambda value: _number(value) and 0 < value <= up_to and value < math.inf
+
+
+def at_least_zero() -> tuple[str, Callable[[Any], bool]]:
+    """For `Method.allowed`: finite numbers from 0 on."""
+    return "a number of at least 0", lambda value: _number(value) and 0 <= value < math.inf
+
+
+def one_of(*values: Any) -> tuple[str, Callable[[Any], bool]]:
+    """For `Method.allowed`: these values."""
+    # By type too, as True is 1.
+    kinds = [(type(value), value) for value in values]
+    return ", ".join(map(repr, values)), lambda value: (type(value), value) in kinds
+
+
+def whole_numbers() -> tuple[str, Callable[[Any], bool]]:
+    """For `Method.allowed`: a tuple of numbers above 0."""
+    return (
+        "whole numbers above 0, as in (4, 4)",
+        lambda value: isinstance(value, tuple) and all(_whole(n) and n > 0 for n in value),
+    )
+
+
+def _option(here: str, method: Method, fields: dict, name: str) -> Any:
+    value = fields.pop(name, method.options[name])
+    value = tuple(value) if isinstance(value, list) else value  # a spec is hashable
+    text, able = method.allowed[name]
+    if not able(value):
+        raise UserError(f"{here}.{name}={value!r}: allowed {text}")
+    return value
+
+
+def _stages(here: str, stages: Any) -> tuple:
+    try:
+        made = tuple((epoch, levels) for epoch, levels in stages)
+    except (TypeError, ValueError):
+        made = None
+    if made is None or not all(_number(epoch) and _whole(levels) for epoch, levels in made):
+        raise UserError(
+            f"{here}.stages={stages!r}: give pairs (epoch, levels), as in ((0, 16), (2, 8))"
+        )
+    return made
+
+
 def _check(here: str, made: Quantizer, method: Method) -> None:
+    for field in ("signed", "power_of_two", "zero_point", "post_scale"):
+        if not isinstance(getattr(made, field), bool):
+            raise UserError(f"{here}.{field}={getattr(made, field)!r}: allowed True, False")
+    if not isinstance(made.per, str):
+        raise UserError(f"{here}.per={made.per!r}: give a text, such as 'channel' or 'groups:4'")
     able = dict.fromkeys(method.gradients)
     names.pick(f"{here}.gradient", made.gradient, able)
     if made.levels > 2 or not made.signed:
@@ -251,13 +310,14 @@ def _check(here: str, made: Quantizer, method: Method) -> None:
         raise UserError(f"{here}.signed={made.signed}: {made.method!r} has no such form")
     kind, _, count = made.per.partition(":")
     if kind in ("groups", "size"):
-        if not count.isdigit() or not int(count):
+        if not count.isdecimal() or not int(count):
             raise UserError(f"{here}.per={made.per!r}: give a number, as in '{kind}:4'")
     else:
         names.pick(f"{here}.per", made.per, {"layer": 0, "channel": 0, "groups:n": 0, "size:n": 0})
     for field in ("loss", "float_epochs", "freeze_epoch"):
-        if not getattr(made, field) >= 0:
-            raise UserError(f"{here}.{field}={getattr(made, field)}: must be at least 0")
+        value = getattr(made, field)
+        if not _number(value) or not 0 <= value < math.inf:
+            raise UserError(f"{here}.{field}={value!r}: give a number, at least 0")
     if made.zero_point and (made.signed or made.levels == 2):
         raise UserError(f"{here}.zero_point: it takes signed=False and more than 2 levels")
     _check_stages(here, made)

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from efficient_nets.ops import linear_maps
 from efficient_nets.ops import straight_through as through
+from efficient_nets.ops.linear_maps import wide
 from efficient_nets.ops.quantizers import groups
 from efficient_nets.ops.quantizers.spec import (
     SITES,
@@ -21,6 +21,8 @@ from efficient_nets.ops.quantizers.spec import (
     Quantizer,
     Rounded,
     Values,
+    above_zero,
+    at_least_zero,
     code_range,
 )
 
@@ -68,6 +70,11 @@ def divisor(q: Quantizer, scale: Array) -> Array:
     return through.straight_through(jnp.exp2(jnp.round(jnp.log2(lax.stop_gradient(scale)))), scale)
 
 
+def finite(x: Array) -> Array:
+    """x within +-1/TINY, straight through: an infinite one gives 0 * inf as a step's gradient."""
+    return through.straight_through(jnp.clip(x, -1 / TINY, 1 / TINY), x)
+
+
 def _clip(x: Array, low, high) -> Array:
     """Clips; the gradient of x is 1 on both bounds, as a closed interval's."""
     return jnp.where(x > high, high, jnp.where(x < low, low, x))
@@ -95,7 +102,8 @@ def _dorefa_kernel(q: Quantizer, x: Array, arrays: Values) -> Rounded:
         return Rounded(x, binary(x), lax.stop_gradient(groups.spread(q, size, x)))
     tanh = jnp.tanh(x)
     most = groups.reduce(q, jnp.abs(tanh), jnp.max)
-    whole = tanh / groups.spread(q, jnp.maximum(most, TINY), x)  # -1 to 1
+    # A group of zeros is divided by 1, as its gradients are.
+    whole = tanh / groups.spread(q, jnp.where(most > 0, most, 1.0), x)  # -1 to 1
     low, high = limits(q, arrays, x)
     steps = high - low  # L - 1
     codes = 2 * jnp.round((lax.stop_gradient(whole) / 2 + 0.5) * steps) - steps
@@ -119,12 +127,12 @@ def _noisy_forward(x, steps, key):
 
 def _noisy_backward(saved, g):
     steps, key = saved
-    wide = g.astype(linear_maps.wide(g.dtype))
-    steps = steps.astype(wide.dtype)
-    most = jnp.max(jnp.abs(wide), axis=tuple(range(1, g.ndim)), keepdims=True)
+    precise = g.astype(wide(g.dtype))
+    steps = steps.astype(precise.dtype)
+    most = jnp.max(jnp.abs(precise), axis=tuple(range(1, g.ndim)), keepdims=True)
     most = jnp.broadcast_to(2 * jnp.maximum(most, TINY), g.shape)
-    noise = jax.random.uniform(key, g.shape, wide.dtype, -0.5, 0.5)
-    whole = jnp.clip(wide / most + 0.5 + noise / steps, 0, 1)
+    noise = jax.random.uniform(key, g.shape, precise.dtype, -0.5, 0.5)
+    whole = jnp.clip(precise / most + 0.5 + noise / steps, 0, 1)
     rounded = most * (jnp.round(whole * steps) / steps - 0.5)
     return rounded.astype(g.dtype), jnp.zeros_like(saved[0]), None
 
@@ -190,6 +198,7 @@ def _lsq(q: Quantizer, x: Array, arrays: Values) -> Rounded:
     low, high = limits(q, arrays, x)
     step = _step(q, x, arrays["step"], high)
     scale = groups.spread(q, step, x)
+    x = finite(x)
     shift = None
     if "offset" in arrays:
         shift = groups.spread(q, _scaled(q, x, arrays["offset"], high), x)
@@ -281,13 +290,13 @@ def _minmax(q: Quantizer, x: Array, arrays: Values) -> Rounded:
     elif q.zero_point:
         span = hi - lo
     scale = divisor(q, span / (high - low))
-    wide = groups.spread(q, scale, x)
+    steps = groups.spread(q, scale, x)
     if q.zero_point:
         zero = groups.spread(q, jnp.clip(jnp.round(-lo / scale), low, high), x)
         low, high = low - zero, high - zero
-    u = x / wide
+    u = x / steps
     codes = nearest(q, u, low, high)
-    return Rounded(pseudo(q, codes, u, low, high) * wide, codes, wide)
+    return Rounded(pseudo(q, codes, u, low, high) * steps, codes, steps)
 
 
 def _observe_minmax(q: Quantizer, x: Array, arrays: Values) -> dict:
@@ -359,6 +368,7 @@ DOREFA_INPUT = Method(
     _dorefa_input,
     any_number,
     options={"clip": 1.0},
+    allowed={"clip": above_zero()},
     takes=("stages",),
     gradients=("clipped",),
     signed=False,
@@ -390,6 +400,7 @@ METHODS = {
             start=_start_pact,
             fit=_fit_pact,
             options={"alpha": 0.0},
+            allowed={"alpha": at_least_zero()},
             takes=("stages",),
             gradients=("clipped",),
             grouped=True,
@@ -414,6 +425,7 @@ METHODS = {
             fit=_fit_minmax,
             observe=_observe_minmax,
             options={"momentum": 0.01},
+            allowed={"momentum": above_zero(up_to=1)},
             takes=("stages", "power_of_two", "zero_point"),
             gradients=("identity", "clipped", "scaled"),
             grouped=True,
