@@ -7,7 +7,13 @@ conv = Conv(16, 32, (3, 3), spec=LayerSpec(neuron="ours", norm="branch"), rngs=n
 
 from efficient_nets.layers.collect import collecting
 from efficient_nets.layers.linear import Conv, Dense, Layer, kaiming_normal, layer_norm_act
-from efficient_nets.layers.norm import BatchNorm, LayerNorm
+from efficient_nets.layers.norm import (
+    BatchNorm,
+    FrozenBatchNorm,
+    GroupNorm,
+    InstanceNorm,
+    LayerNorm,
+)
 from efficient_nets.layers.observe import watched
 from efficient_nets.layers.rules import convert, layers, set_compute_dtype
 from efficient_nets.layers.spec import LayerSpec
@@ -16,6 +22,9 @@ __all__ = [
     "BatchNorm",
     "Conv",
     "Dense",
+    "FrozenBatchNorm",
+    "GroupNorm",
+    "InstanceNorm",
     "Layer",
     "LayerNorm",
     "LayerSpec",

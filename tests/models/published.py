@@ -1,0 +1,86 @@
+"""Layer lists as papers and their code print them, and the list of a model of ours.
+
+A layer is `(path, in channels, out channels, kernel, stride, output side)`; of a dense one kernel 0.
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_nets import layers
+
+
+def traced(model, image_shape):
+    """A model's layers in the order in which an image passes them."""
+    found = []
+
+    def observe(path, layer, x, y):
+        geometry = layer.geometry
+        square = geometry.kernel_size[0] if geometry.kernel_size else 0
+        stride = geometry.strides[0] if geometry.strides else 1
+        side = y.shape[1] if y.ndim == 4 else 1
+        found.append((path, x.shape[-1], y.shape[-1], square, stride, side))
+
+    watched = layers.watched(model, observe)
+    nnx.eval_shape(lambda m, x: m(x), watched, jnp.zeros((1, *image_shape)))
+    return found
+
+
+def _block(path, before, after, stride, side, projects):
+    """A basic block of ours calls its shortcut first."""
+    shortcut = [(f"{path}/shortcut", before, after, 1, stride, side)] * projects
+    return [
+        *shortcut,
+        (f"{path}/conv1", before, after, 3, stride, side),
+        (f"{path}/conv2", after, after, 3, 1, side),
+    ]
+
+
+# arXiv 1512.03385, section 4.2, n = 3; with projections.
+RESNET_20 = [
+    ("stem", 3, 16, 3, 1, 32),
+    *_block("stage1/0", 16, 16, 1, 32, False),
+    *_block("stage1/1", 16, 16, 1, 32, False),
+    *_block("stage1/2", 16, 16, 1, 32, False),
+    *_block("stage2/0", 16, 32, 2, 16, True),
+    *_block("stage2/1", 32, 32, 1, 16, False),
+    *_block("stage2/2", 32, 32, 1, 16, False),
+    *_block("stage3/0", 32, 64, 2, 8, True),
+    *_block("stage3/1", 64, 64, 1, 8, False),
+    *_block("stage3/2", 64, 64, 1, 8, False),
+    ("head", 64, 10, 0, 1, 1),
+]
+# arXiv 1512.03385, table 1, and torchvision's resnet18.
+RESNET_18 = [
+    ("stem", 3, 64, 7, 2, 112),
+    *_block("stage1/0", 64, 64, 1, 56, False),
+    *_block("stage1/1", 64, 64, 1, 56, False),
+    *_block("stage2/0", 64, 128, 2, 28, True),
+    *_block("stage2/1", 128, 128, 1, 28, False),
+    *_block("stage3/0", 128, 256, 2, 14, True),
+    *_block("stage3/1", 256, 256, 1, 14, False),
+    *_block("stage4/0", 256, 512, 2, 7, True),
+    *_block("stage4/1", 512, 512, 1, 7, False),
+    ("head", 512, 10, 0, 1, 1),
+]
+
+
+def bases(block_layers, number):
+    """The list of a Group-Net: stem and head once, each block `number` times."""
+    found, blocks = [], {}
+    for path, *rest in block_layers:
+        block, _, name = path.rpartition("/")
+        blocks.setdefault(block or path, []).append((name, rest))
+    for block, members in blocks.items():
+        for base in range(number if "/" in block else 1):
+            prefix = f"{block}/bases/{base}/" if "/" in block else ""
+            found += [(prefix + name, *rest) for name, rest in members]
+    return found
+
+
+CIFAR, IMAGENET = (("depth", 20),), (("layout", "imagenet"), ("depth", 18))
+# By preset and options.
+RESNETS = {
+    (preset, options): net
+    for preset in ("torchvision", "xnor", "bireal", "dorefa", "pact", "lq", "fixup")
+    for options, net in ((CIFAR, RESNET_20), (IMAGENET, RESNET_18))
+} | {("groupnet", CIFAR): bases(RESNET_20, 5), ("groupnet", IMAGENET): bases(RESNET_18, 5)}
