@@ -1,6 +1,6 @@
 """Layer lists as papers and their code print them, and the list of a model of ours.
 
-A layer is `(path, in channels, out channels, kernel, stride, output side)`; of a dense one kernel 0.
+A layer is `(path, channels in, channels out, kernel, stride, output side)`, kernel 0 of a dense one.
 """
 
 import jax.numpy as jnp
