@@ -154,6 +154,11 @@ def max_pool3(x: Array) -> Array:
     return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
 
+def mean_pool3(x: Array) -> Array:
+    """Mean over 3x3 windows at stride 2, edges padded by one zero: NiN's."""
+    return nnx.avg_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+
 def mean_pool2(x: Array) -> Array:
     """Mean over 2x2 windows, of what there is of those at the edge: H to ceil(H / 2)."""
     return nnx.avg_pool(x, (2, 2), strides=(2, 2), padding="SAME", count_include_pad=False)

@@ -1,6 +1,6 @@
 """Layer lists as papers and their code print them, and the list of a model of ours.
 
-A layer is `(path, channels in, channels out, kernel, stride, output side)`, kernel 0 of a dense one.
+A layer is `(path, channels in, channels out, kernel, stride, output side)`, kernel 0 if dense.
 """
 
 import jax.numpy as jnp
