@@ -1,5 +1,7 @@
 """Network in Network (arXiv 1312.4400) for CIFAR, as XNOR-Net and its followers binarize it."""
 
+import functools
+
 from flax import nnx
 from jax import Array
 
@@ -10,7 +12,8 @@ from efficient_nets.models.vgg import ConvBlock
 # (channels, kernel) of the convolutions of each stage; a 3x3 pooling at stride 2 ends the first
 # two, the maximum and the mean. The last of all is the head, with a channel a class.
 STAGES = (((192, 5), (160, 1), (96, 1)), ((192, 5), (192, 1), (192, 1)), ((192, 3), (192, 1)))
-POOLS = {3: parts.max_pool3, 6: parts.mean_pool3}  # by the number of convolutions before
+# By the number of convolutions before.
+POOLS = {3: parts.max_pool3, 6: functools.partial(parts.mean_pool, window=3)}
 
 
 class NiN(nnx.Module):

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 
 from efficient_nets import names
 from efficient_nets.errors import UserError
@@ -154,14 +154,18 @@ def max_pool3(x: Array) -> Array:
     return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
 
-def mean_pool3(x: Array) -> Array:
-    """Mean over 3x3 windows at stride 2, edges padded by one zero: NiN's."""
-    return nnx.avg_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+def mean_pool(x: Array, window: int) -> Array:
+    """Mean over square windows at stride 2, of what there is of those at the edge.
 
+    `(N, H, W, C)` to `(N, ceil(H / 2), ceil(W / 2), C)`, of x's type; the sums are in float32.
+    """
 
-def mean_pool2(x: Array) -> Array:
-    """Mean over 2x2 windows, of what there is of those at the edge: H to ceil(H / 2)."""
-    return nnx.avg_pool(x, (2, 2), strides=(2, 2), padding="SAME", count_include_pad=False)
+    def sums(x):
+        zero = jnp.zeros((), x.dtype)
+        return lax.reduce_window(x, zero, lax.add, (1, window, window, 1), (1, 2, 2, 1), "SAME")
+
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (sums(wide) / sums(jnp.ones_like(wide[:1, ..., :1]))).astype(x.dtype)
 
 
 def space_to_depth(x: Array, size: int) -> Array:

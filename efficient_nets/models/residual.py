@@ -218,7 +218,7 @@ class Block(nnx.Module):
             missing = self.features - x.shape[-1]
             return jnp.pad(x, ((0, 0),) * 3 + ((missing // 2, missing - missing // 2),))
         if self.style.shortcut == "pool" and self.strides == 2:
-            x = parts.mean_pool2(x)
+            x = parts.mean_pool(x, 2)
         return layer_norm_act(x, self.shortcut, self.shortcut_norm)
 
     def __call__(self, x: Array) -> Array:

@@ -84,3 +84,53 @@ RESNETS = {
     for preset in ("torchvision", "xnor", "bireal", "dorefa", "pact", "lq", "fixup")
     for options, net in ((CIFAR, RESNET_20), (IMAGENET, RESNET_18))
 } | {("groupnet", CIFAR): bases(RESNET_20, 5), ("groupnet", IMAGENET): bases(RESNET_18, 5)}
+
+
+def inverted(table, stem_stride, side):
+    """MobileNetV2 by its table, of (expansion, channels, blocks, stride) rows."""
+    side //= stem_stride
+    found, before, index = [("stem", 3, 32, 3, stem_stride, side)], 32, 0
+    for expansion, channels, number, first in table:
+        for stride in (first, *(1,) * (number - 1)):
+            path, hidden = f"blocks/{index}", before * expansion
+            if expansion > 1:
+                found.append((f"{path}/expand", before, hidden, 1, 1, side))
+            side //= stride
+            found.append((f"{path}/depthwise", hidden, hidden, 3, stride, side))
+            found.append((f"{path}/project", hidden, channels, 1, 1, side))
+            before, index = channels, index + 1
+    return [*found, ("last", before, 1280, 1, 1, side), ("head", 1280, 10, 0, 1, 1)]
+
+
+# arXiv 1801.04381, table 2.
+TABLE = [
+    *((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2)),
+    *((6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)),
+]
+# By model, options and image side.
+OTHERS = {
+    ("mobilenet_v2", "imagenet", 224): inverted(TABLE, 2, 224),
+    ("mobilenet_v2", "cifar", 32): inverted([TABLE[0], (6, 24, 2, 1), *TABLE[2:]], 1, 32),
+    # arXiv 1807.10029, section 4.2: 2x(128C3), MP2, 2x(256C3), MP2, 2x(512C3), MP2, dense.
+    ("vgg", "small", 32): [
+        ("stage1/0/conv", 3, 128, 3, 1, 32),
+        ("stage1/1/conv", 128, 128, 3, 1, 32),
+        ("stage2/0/conv", 128, 256, 3, 1, 16),
+        ("stage2/1/conv", 256, 256, 3, 1, 16),
+        ("stage3/0/conv", 256, 512, 3, 1, 8),
+        ("stage3/1/conv", 512, 512, 3, 1, 8),
+        ("head", 512 * 4 * 4, 10, 0, 1, 1),
+    ],
+    # The authors' CIFAR-10 net of arXiv 1312.4400.
+    ("nin", "", 32): [
+        ("stem", 3, 192, 5, 1, 32),
+        ("blocks/0/conv", 192, 160, 1, 1, 32),
+        ("blocks/1/conv", 160, 96, 1, 1, 32),
+        ("blocks/2/conv", 96, 192, 5, 1, 16),
+        ("blocks/3/conv", 192, 192, 1, 1, 16),
+        ("blocks/4/conv", 192, 192, 1, 1, 16),
+        ("blocks/5/conv", 192, 192, 3, 1, 8),
+        ("blocks/6/conv", 192, 192, 1, 1, 8),
+        ("head", 192, 10, 1, 1, 8),
+    ],
+}
