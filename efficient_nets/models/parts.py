@@ -3,12 +3,14 @@
 from collections.abc import Callable
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array, lax
 
 from efficient_nets import names
 from efficient_nets.errors import UserError
 from efficient_nets.layers import Conv, Dense, Layer, kaiming_normal, layer_norm_act
+from efficient_nets.ops import linear_maps
 
 Activation = Callable[[Array], Array]
 head_init = nnx.initializers.normal(0.01)
@@ -161,11 +163,11 @@ def mean_pool(x: Array, window: int) -> Array:
     """
 
     def sums(x):
-        zero = jnp.zeros((), x.dtype)
+        zero = np.zeros((), x.dtype)  # known while JAX traces, or there is no gradient
         return lax.reduce_window(x, zero, lax.add, (1, window, window, 1), (1, 2, 2, 1), "SAME")
 
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return (sums(wide) / sums(jnp.ones_like(wide[:1, ..., :1]))).astype(x.dtype)
+    exact = x.astype(linear_maps.wide(x.dtype))
+    return (sums(exact) / sums(jnp.ones_like(exact[:1, ..., :1]))).astype(x.dtype)
 
 
 def space_to_depth(x: Array, size: int) -> Array:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from efficient_nets import models
+from efficient_nets import layers, models, paths
 from efficient_nets.errors import UserError
 from efficient_nets.models import parts, residual, resnet
 from tests.models import published
@@ -149,6 +149,37 @@ def test_prelu_is_its_formula():
     np.testing.assert_array_equal(prelu(x), [[-1.0, 4.0], [3.0, -16.0]])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(dict(order=order, pre_norm=True) for order in residual.ORDERS),
+        *(dict(norm=norm) for norm in residual.NORMS),
+        *(dict(shortcut=shortcut, activation="prelu") for shortcut in residual.SHORTCUTS),
+        dict(bases=2, soft_gates=True),
+        dict(stem="s2d"),
+    ],
+)
+def test_bfloat16_stays_and_gradients_reach_every_parameter(options):
+    model = shapes((8, 8, 3), **TINY, **options)
+    model = drawn(lambda: layers.set_compute_dtype(model, jnp.bfloat16))
+    model.train()
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    @jax.jit
+    def gradient(params, images):
+        def loss(params):
+            logits = nnx.merge(graph, params, rest, copy=True)(images)
+            assert (logits.shape, logits.dtype) == ((4, 10), jnp.bfloat16)
+            weights = jnp.arange(40, dtype=logits.dtype).reshape(4, 10) - 7
+            return jnp.sum(logits * weights)
+
+        return jax.grad(loss)(params)
+
+    found = gradient(params, jax.random.normal(jax.random.key(0), (4, 8, 8, 3)))
+    for path, leaf in paths.named_leaves(nnx.to_pure_dict(found)).items():
+        assert np.all(np.isfinite(leaf)) and np.any(leaf), path
+
+
 def test_pre_norm_moves_the_stems_norm_and_activation_behind_the_blocks():
     model = drawn(lambda: shapes(**TINY, order="bacs", pre_norm=True))
     assert model.stem_norm is None
@@ -180,7 +211,7 @@ def test_every_preset_has_a_layer_list():
         (1_727_962, dict(depth=110, shortcut="pad")),
         (11_689_512, dict(layout="imagenet", depth=18, classes=1000)),
         (11_689_512, dict(layout="imagenet", depth=18, classes=1000, norm="group")),
-        # Norms of the four arrays of a batch norm, none of them a parameter.
+        # Less the scales and biases, which are no parameters.
         (11_689_512 - 9_600, dict(layout="imagenet", depth=18, classes=1000, norm="frozen")),
     ],
 )
