@@ -88,6 +88,41 @@ def test_every_order_and_skip_is_compared():
     assert set(BLOCKS) == set(itertools.product(residual.SKIPS, residual.ORDERS))
 
 
+@pytest.mark.parametrize(
+    ("order", "inner", "last"),
+    [
+        ("cbsa", ["cba"], ["cb", "s", "a"]),
+        ("cbas", ["cba"], ["cba", "s"]),
+        ("cabs", ["ca", "b"], ["ca", "b", "s"]),
+        ("bacs", ["b", "a", "c"], ["b", "a", "c", "s"]),
+        ("bcas", ["b", "ca"], ["b", "ca", "s"]),
+    ],
+)
+def test_what_adjoins_is_one_unit(order, inner, last):
+    """The hybrid backward keeps a unit's input alone, so norm and activation must be in it."""
+    style = residual.Style(order=order)
+    assert (style.steps(False), style.steps(True)) == (inner, last)
+
+
+@pytest.mark.parametrize("order", residual.ORDERS)
+def test_a_convolution_that_is_removed_takes_its_norm_along(order):
+    style = residual.Style(order=order)
+    rules = [dict(match="conv2", remove=True)]
+    made = residual.BasicBlock(4, 4, 1, style=style, rngs=nnx.Rngs(0))
+    block = layers.convert(made, rules, jax.random.key(0))
+    block.eval()
+    x = jax.random.normal(jax.random.key(0), (2, 5, 5, 4))
+    c, n, a = block.conv1, block.norm1, nnx.relu
+    expected = {
+        "cbsa": lambda: a(a(n(c(x))) + x),
+        "cbas": lambda: a(n(c(x))) + x,
+        "cabs": lambda: n(a(c(x))) + x,
+        "bacs": lambda: a(c(a(n(x)))) + x,  # what is in front of it stays
+        "bcas": lambda: a(c(n(x))) + x,
+    }[order]()
+    np.testing.assert_allclose(block(x), expected, rtol=1e-5, atol=1e-5)  # float32 rounding
+
+
 def test_shortcuts_are_their_formulas():
     x = jnp.arange(2 * 5 * 3 * 2, dtype=jnp.float32).reshape(2, 5, 3, 2)
 
