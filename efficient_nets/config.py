@@ -65,15 +65,21 @@ BOUNDS = {
 }
 
 
-def model(name: str, **options) -> ConfigDict:
+def model(name: str, *, preset: str = "", **options) -> ConfigDict:
     """The `config.model` section: the architecture's name and all its options.
 
+    Args:
+      name: A key of `models.MODELS`.
+      preset: A key of `models.PRESETS[name]`: options of a published variant, which those given
+        here override. The section holds the options, and not the preset's name.
+      **options: See `models.options(name)`.
+
     Raises:
-      UserError: on an architecture or option that does not exist.
+      UserError: on an architecture, preset or option that does not exist.
     """
     defaults = models.options(name)
     names.check_fields(f"model {name!r}", options, defaults)
-    return ConfigDict({"name": name, **defaults, **options})
+    return ConfigDict({"name": name, **defaults, **models.preset(name, preset), **options})
 
 
 def defaults() -> ConfigDict:

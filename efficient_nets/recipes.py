@@ -4,7 +4,16 @@ from efficient_nets import config as configs
 from efficient_nets import names
 from efficient_nets.errors import UserError
 from efficient_nets.ops import neurons
+from efficient_nets.ops.precision import parse
 
+# The first layer of every architecture, and the last one.
+ENDS = r"^(stem|conv1|stage1/0/conv|head)$"
+FIRST_LAST = {
+    "float": "nothing is rounded there",
+    "8bit": "the same methods with 8 bits; the first layer's input, an image, with a sign",
+    "all": "as everywhere",
+}
+SHORTCUTS = {"float": "nothing is rounded in shortcuts", "same": "as everywhere"}
 # QuadraLib's neuron as it is trained there.
 QUADRATIC = dict(neuron="ours", norm="branch")
 
@@ -25,6 +34,52 @@ def slow_products(neuron: str, factor: float = 1e-4) -> dict:
         name for name, role in zip(parts.branches, parts.relinear, strict=True) if role != "carry"
     ]
     return dict(match=rf"(^|/)({'|'.join(added)})/", learning_rate=factor)
+
+
+def quantized(
+    precision: str, first_last: str = "float", shortcut: str = "float"
+) -> tuple[dict, ...]:
+    """Rules for `config.layers` that round a net, but for what papers leave out.
+
+    XNOR-Net and Bi-Real leave first and last layer and the shortcuts float, the default here;
+    DoReFa-Net, PACT and LQ-Nets round the shortcuts too; LSQ takes 8 bits in first and last layer.
+
+    Args:
+      precision: As in `LayerSpec`, a short form such as 'lsq:w2a2'.
+      first_last: Of the first and the last layer: 'float', '8bit' or 'all'.
+      shortcut: Of the layers named `shortcut`: 'float' or 'same'.
+
+    Raises:
+      UserError: on an unknown value, or '8bit' with a precision without bits.
+    """
+    names.pick("first_last", first_last, FIRST_LAST)
+    names.pick("shortcut", shortcut, SHORTCUTS)
+    parse(precision)
+    others = "" if shortcut == "same" else r"(?!.*(^|/)shortcut$)"
+    if first_last != "all":
+        others = f"(?!{ENDS}){others}"
+    rules = [dict(match=f"^{others}" if others else "", precision=precision)]
+    if first_last == "8bit":
+        rules += [
+            dict(match=ENDS.replace("|head", ""), precision=_eight_bits(precision, image=True)),
+            dict(match="^head$", precision=_eight_bits(precision, image=False)),
+        ]
+    return tuple(rules)
+
+
+def _eight_bits(text: str, image: bool) -> dict[str, dict]:
+    """The long form with 8 bits at each site of kernel and input."""
+    found = {}
+    for site, quantizer in parse(text).quantizers.items():
+        fields = dict(method=quantizer.method, bits=8)
+        if site == "input" and image:
+            fields["signed"] = True
+        found[site] = fields
+    try:
+        parse(found)
+    except UserError as error:
+        raise UserError(f"first_last='8bit' with precision={text!r}: {error}") from error
+    return found
 
 
 def cifar(dataset: str = "cifar10"):

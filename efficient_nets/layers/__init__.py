@@ -8,7 +8,13 @@ conv = Conv(16, 32, (3, 3), spec=LayerSpec(neuron="ours", norm="branch"), rngs=n
 from efficient_nets.layers.calibrate import calibrate
 from efficient_nets.layers.collect import collecting
 from efficient_nets.layers.linear import Conv, Dense, Layer, kaiming_normal, layer_norm_act
-from efficient_nets.layers.norm import BatchNorm, LayerNorm
+from efficient_nets.layers.norm import (
+    BatchNorm,
+    FrozenBatchNorm,
+    GroupNorm,
+    InstanceNorm,
+    LayerNorm,
+)
 from efficient_nets.layers.observe import watched
 from efficient_nets.layers.precision import Range, advance
 from efficient_nets.layers.rules import convert, layers, ranges, set_compute_dtype
@@ -18,6 +24,9 @@ __all__ = [
     "BatchNorm",
     "Conv",
     "Dense",
+    "FrozenBatchNorm",
+    "GroupNorm",
+    "InstanceNorm",
     "Layer",
     "LayerNorm",
     "LayerSpec",

@@ -1,4 +1,6 @@
-"""Flax's batch and layer norm, as our units need them; arrays of the former for `ops.quadratic`."""
+"""Flax's norms, as our units need them; arrays of the batch norm for `ops.quadratic`."""
+
+import math
 
 from flax import nnx
 from jax import Array
@@ -30,6 +32,10 @@ class BatchNorm(nnx.BatchNorm):
             rngs=rngs,
         )
 
+    def __call__(self, x: Array) -> Array:
+        """Alone, without a layer in front; the output has the input's type."""
+        return super().__call__(x.astype(linear_maps.wide(x.dtype))).astype(x.dtype)
+
     def arrays(self) -> batch_norm.Norm:
         """Scale and bias, with the running statistics if they are what normalises now."""
         frozen = (self.mean[...], self.var[...]) if self.use_running_average else (None, None)
@@ -42,6 +48,62 @@ class BatchNorm(nnx.BatchNorm):
         for average, new in ((self.mean, batch.mean), (self.var, batch.var)):
             new = new.astype(average.dtype)
             average[...] = self.momentum * average[...] + (1 - self.momentum) * new
+
+
+class FrozenBatchNorm(BatchNorm):
+    """A batch norm none of whose arrays ever moves, in training either.
+
+    Scale and bias are no parameters: neither gradients nor weight decay reach them. It is a fixed
+    affine map, which a checkpoint gives; for nets that start from a trained one and whose batches
+    are too small for statistics.
+    """
+
+    def __init__(self, features: int, *, rngs: nnx.Rngs):
+        super().__init__(features, rngs=rngs)
+        for name in ("scale", "bias"):
+            value = getattr(self, name)[...]
+            delattr(self, name)  # or the new variable would become the old one's value
+            setattr(self, name, nnx.BatchStat(value))
+
+    # Flax's `train()` sets the attribute of every norm; here there is nothing to set.
+    @property
+    def use_running_average(self) -> bool:
+        return True
+
+    @use_running_average.setter
+    def use_running_average(self, value: bool) -> None:
+        pass
+
+
+class GroupNorm(nnx.GroupNorm):
+    """`nnx.GroupNorm` (arXiv 1803.08494) of an image at a time, in float32; epsilon 1e-5.
+
+    Mean and variance are over space and the channels of a group, `(N, groups)` of them; scale and
+    bias are one a channel. The output has the input's type; the variance takes two passes.
+
+    Args:
+      features: Number of channels C.
+      groups: Number of groups; 0 for 32, the paper's, or what of it divides C.
+    """
+
+    def __init__(self, features: int, *, groups: int = 0, rngs: nnx.Rngs):
+        super().__init__(
+            features,
+            num_groups=groups or math.gcd(32, features),
+            epsilon=1e-5,
+            use_fast_variance=False,
+            rngs=rngs,
+        )
+
+    def __call__(self, x: Array) -> Array:
+        return super().__call__(x.astype(linear_maps.wide(x.dtype))).astype(x.dtype)
+
+
+class InstanceNorm(GroupNorm):
+    """Each channel of each image on its own (arXiv 1607.08022): as many groups as channels."""
+
+    def __init__(self, features: int, *, rngs: nnx.Rngs):
+        super().__init__(features, groups=features, rngs=rngs)
 
 
 class LayerNorm(nnx.LayerNorm):

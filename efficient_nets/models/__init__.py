@@ -14,8 +14,11 @@ from flax import nnx
 
 from efficient_nets import names
 from efficient_nets.errors import UserError
+from efficient_nets.models import resnet
 from efficient_nets.models.lenet import LeNet
 from efficient_nets.models.mobilenet import MobileNet
+from efficient_nets.models.mobilenet_v2 import MobileNetV2
+from efficient_nets.models.nin import NiN
 from efficient_nets.models.pinet import PiNet, PiResNet
 from efficient_nets.models.quadranet import QuadraNet
 from efficient_nets.models.resnet import ResNet
@@ -26,10 +29,28 @@ MODELS = {
     "vgg": VGG,
     "resnet": ResNet,
     "mobilenet": MobileNet,
+    "mobilenet_v2": MobileNetV2,
+    "nin": NiN,
     "pinet": PiNet,
     "pinet_resnet": PiResNet,
     "quadranet": QuadraNet,
 }
+
+# Options of published variants, by architecture and their own name.
+PRESETS = {"resnet": resnet.PRESETS}
+
+
+def preset(name: str, preset: str) -> dict[str, Any]:
+    """The options of a preset of an architecture, none for the empty name.
+
+    Raises:
+      UserError: if there is no such architecture or preset.
+    """
+    names.pick("model.name", name, MODELS)
+    table = PRESETS.get(name, {})
+    if preset and not table:
+        raise UserError(f"preset={preset!r}: {name!r} has none; allowed ''")
+    return dict(names.pick("preset", preset, table)) if preset else {}
 
 
 def options(name: str) -> dict[str, Any]:

@@ -1,118 +1,38 @@
-"""ResNet (arXiv 1512.03385) in its two forms: for CIFAR, and for ImageNet."""
-
-import abc
+"""ResNet (arXiv 1512.03385) in its two forms: for CIFAR, and for ImageNet; papers' variants."""
 
 from flax import nnx
 from jax import Array
 
 from efficient_nets import names
 from efficient_nets.errors import UserError
-from efficient_nets.layers import BatchNorm, layer_norm_act
 from efficient_nets.models import parts
+from efficient_nets.models.group_net import Group
+from efficient_nets.models.residual import BasicBlock, Bottleneck, Scalars, Style
 
 # Channels of the stages; the stem has as many as the first.
 CHANNELS = {"cifar": (16, 32, 64), "imagenet": (64, 128, 256, 512)}
 IMAGENET_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+# Kernel and stride of the first convolution, the squares of pixels that it reads as one, and
+# whether a max pooling follows. 's2d' is TResNet's, arXiv 2003.13630.
+STEMS = {"cifar": (3, 1, 1, False), "imagenet": (7, 2, 1, True), "s2d": (3, 1, 4, False)}
 
-
-class Block(nnx.Module, abc.ABC):
-    """`activation(main path + shortcut)`.
-
-    The shortcut is a 1x1 convolution and norm where shapes differ. Subclasses make the main path:
-    `conv1`, `norm1`, `conv2`, ...
-    """
-
-    expansion = 1
-
-    def __init__(
-        self,
-        in_features: int,
-        features: int,
-        strides: int,
-        *,
-        activation: parts.Activation = nnx.relu,
-        rngs: nnx.Rngs,
-    ):
-        self.activation = activation
-        self.projects = strides > 1 or in_features != features
-        if self.projects:
-            self.shortcut = parts.conv(in_features, features, 1, strides=strides, rngs=rngs)
-            self.shortcut_norm = BatchNorm(features, rngs=rngs)
-
-    @abc.abstractmethod
-    def main(self, x: Array) -> Array:
-        """The main path, up to its last norm."""
-
-    @property
-    @abc.abstractmethod
-    def last_norm(self) -> BatchNorm:
-        """The main path's last norm."""
-
-    def __call__(self, x: Array) -> Array:
-        carried = x
-        if self.projects:
-            carried = layer_norm_act(x, self.shortcut, self.shortcut_norm)
-        return self.activation(self.main(x) + carried)
-
-
-class BasicBlock(Block):
-    """Two 3x3 convolutions."""
-
-    def __init__(
-        self,
-        in_features: int,
-        width: int,
-        strides: int,
-        *,
-        activation: parts.Activation = nnx.relu,
-        rngs: nnx.Rngs,
-    ):
-        super().__init__(in_features, width, strides, activation=activation, rngs=rngs)
-        self.conv1 = parts.conv(in_features, width, 3, strides=strides, rngs=rngs)
-        self.norm1 = BatchNorm(width, rngs=rngs)
-        self.conv2 = parts.conv(width, width, 3, rngs=rngs)
-        self.norm2 = BatchNorm(width, rngs=rngs)
-
-    @property
-    def last_norm(self) -> BatchNorm:
-        return self.norm2
-
-    def main(self, x: Array) -> Array:
-        x = layer_norm_act(x, self.conv1, self.norm1, self.activation)
-        return layer_norm_act(x, self.conv2, self.norm2)
-
-
-class Bottleneck(Block):
-    """1x1 to `width`, 3x3 with the stride, 1x1 to `4 * width`."""
-
-    expansion = 4
-
-    def __init__(
-        self,
-        in_features: int,
-        width: int,
-        strides: int,
-        *,
-        activation: parts.Activation = nnx.relu,
-        rngs: nnx.Rngs,
-    ):
-        features = self.expansion * width
-        super().__init__(in_features, features, strides, activation=activation, rngs=rngs)
-        self.conv1 = parts.conv(in_features, width, 1, rngs=rngs)
-        self.norm1 = BatchNorm(width, rngs=rngs)
-        self.conv2 = parts.conv(width, width, 3, strides=strides, rngs=rngs)
-        self.norm2 = BatchNorm(width, rngs=rngs)
-        self.conv3 = parts.conv(width, features, 1, rngs=rngs)
-        self.norm3 = BatchNorm(features, rngs=rngs)
-
-    @property
-    def last_norm(self) -> BatchNorm:
-        return self.norm3
-
-    def main(self, x: Array) -> Array:
-        x = layer_norm_act(x, self.conv1, self.norm1, self.activation)
-        x = layer_norm_act(x, self.conv2, self.norm2, self.activation)
-        return layer_norm_act(x, self.conv3, self.norm3)
+# Options by the name of what they come from. What is rounded is not in them: `recipes.quantized`.
+PRESETS = {
+    "torchvision": dict(order="cbsa", skip="block", shortcut="conv", activation="relu"),
+    # arXiv 1603.05279. The sign that its convolutions read is the nonlinearity.
+    "xnor": dict(order="cbsa", skip="block", shortcut="conv", activation="none"),
+    # arXiv 1808.00278; there shortcut='pool'.
+    "bireal": dict(order="cbsa", skip="conv", shortcut="conv", activation="none"),
+    # DoReFa-Net arXiv 1606.06160, PACT 1805.06085, LQ-Nets 1807.10029: pre-activation nets.
+    **dict.fromkeys(
+        ("dorefa", "pact", "lq"),
+        dict(order="bacs", skip="block", shortcut="conv", activation="relu", pre_norm=True),
+    ),
+    # arXiv 1811.10413, K = 5.
+    "groupnet": dict(order="cabs", skip="block", bases=5, soft_gates=True),
+    # arXiv 1901.09321.
+    "fixup": dict(order="cbsa", skip="block", shortcut="conv", norm="fixup"),
+}
 
 
 class ResNet(nnx.Module):
@@ -123,7 +43,7 @@ class ResNet(nnx.Module):
     for depth 32 and 10 classes, 25,557,032 for depth 50 and 1000 classes.
 
     Args:
-      image_shape: `(H, W, C)`, any size.
+      image_shape: `(H, W, C)`, any size; multiples of 4 for stem 's2d'.
       num_classes: Number of logits.
       layout: 'cifar' or 'imagenet'.
       depth: 6n + 2 for 'cifar'; 18, 34, 50 or 101 for 'imagenet'. 50 and 101 have bottlenecks.
@@ -131,7 +51,17 @@ class ResNet(nnx.Module):
       width: Multiplies all channel numbers but the image's.
       zero_init_gamma: Starts the scale of each block's last norm at 0, so that every block starts
         as its shortcut.
-      activation: What stands in for ReLU, also behind a block's sum; a key of `parts.ACTIVATIONS`.
+      activation: What stands in for ReLU, also behind a block's sum; a key of `parts.ACTIVATIONS`,
+        or 'prelu'.
+      order: Of convolution, norm, activation and sum, see `residual.ORDERS`.
+      skip: 'block', or 'conv' for a shortcut around each convolution of basic blocks.
+      shortcut: 'conv', 'pool' or 'pad', see `residual.SHORTCUTS`.
+      norm: 'batch', 'group', 'instance', 'frozen' (batch norms that stay as they are), or 'fixup',
+        see `residual.Style`; with it the head starts at 0.
+      pre_norm: Norm and activation stand before the global mean, and not behind the stem.
+      stem: The stem of a layout, or 's2d', where 4x4 pixels are one; 'layout' for the net's own.
+      bases: Blocks side by side in place of each one, see `group_net.Group`.
+      soft_gates: Gates between these.
       rngs: Source of the initial values.
     """
 
@@ -146,41 +76,98 @@ class ResNet(nnx.Module):
         width: float = 1.0,
         zero_init_gamma: bool = False,
         activation: str = "relu",
+        order: str = "cbsa",
+        skip: str = "block",
+        shortcut: str = "conv",
+        norm: str = "batch",
+        pre_norm: bool = False,
+        stem: str = "layout",
+        bases: int = 1,
+        soft_gates: bool = False,
         rngs: nnx.Rngs,
     ):
         widths = names.pick("model.layout", layout, CHANNELS)
         widths = [parts.scaled(features, width) for features in widths]
         blocks = _blocks(layout, depth, tuple(blocks))
         make = Bottleneck if depth in (50, 101) and layout == "imagenet" else BasicBlock
-        self.layout, self.stages = layout, len(blocks)
-        self.activation = parts.activation(activation)
+        style = Style(order, skip, shortcut, activation, norm, depth=sum(blocks))
+        _check(style, make, zero_init_gamma, pre_norm, bases, soft_gates)
+        stems = STEMS | {"layout": STEMS[layout]}
+        kernel, strides, self.square, self.pools = names.pick("model.stem", stem, stems)
+        self.stages, self.bases = len(blocks), bases
 
-        kernel, strides = (3, 1) if layout == "cifar" else (7, 2)
-        self.stem = parts.conv(image_shape[-1], widths[0], kernel, strides=strides, rngs=rngs)
-        self.stem_norm = BatchNorm(widths[0], rngs=rngs)
+        self.stem = parts.conv(
+            image_shape[-1] * self.square**2, widths[0], kernel, strides=strides, rngs=rngs
+        )
+        self.stem_norm = self.final_norm = nnx.data(None)
+        if not pre_norm:
+            self.stem_norm = style.make_norm(widths[0], rngs=rngs)
         channels = widths[0]
         for number, (count, features) in enumerate(zip(blocks, widths, strict=True), start=1):
             stage = nnx.List([])
             for index in range(count):
                 strides = 2 if number > 1 and index == 0 else 1
-                block = make(channels, features, strides, activation=self.activation, rngs=rngs)
-                stage.append(block)
+
+                def block(rngs, shape=(channels, features, strides)):
+                    made = make(*shape, style=style, rngs=rngs)
+                    if zero_init_gamma:
+                        made.last_norm.scale[...] = 0 * made.last_norm.scale[...]
+                    return made
+
+                is_last = number == len(blocks) and index == count - 1
+                gated = soft_gates and not is_last
+                grouped = bases > 1
+                stage.append(
+                    Group(block, bases, gated=gated, rngs=rngs) if grouped else block(rngs)
+                )
                 channels = features * make.expansion
-                if zero_init_gamma:
-                    scale = block.last_norm.scale
-                    scale[...] = 0 * scale[...]
             setattr(self, f"stage{number}", stage)
-        self.head = parts.head(channels, num_classes, rngs=rngs)
+        if pre_norm:
+            self.final_norm = style.make_norm(channels, rngs=rngs)
+        follows = channels if pre_norm else widths[0]
+        self.activation = parts.channel_activation(activation, follows, rngs=rngs)
+        self.head_shift = nnx.data(Scalars(scale=False) if style.fixup else None)
+        start = nnx.initializers.zeros if style.fixup else parts.head_init
+        self.head = parts.head(channels, num_classes, kernel_init=start, rngs=rngs)
 
     def __call__(self, images: Array) -> Array:
         """Images `(N, H, W, C)` to logits `(N, num_classes)`."""
-        x = layer_norm_act(images, self.stem, self.stem_norm, self.activation)
-        if self.layout == "imagenet":
+        x = images if self.square == 1 else parts.space_to_depth(images, self.square)
+        pre_norm = self.final_norm is not None
+        x = parts.unit(x, self.stem, self.stem_norm, None if pre_norm else self.activation)
+        if self.pools:
             x = parts.max_pool3(x)
+        if self.bases > 1:
+            x = (x,) * self.bases
         for number in range(1, self.stages + 1):
             for block in getattr(self, f"stage{number}"):
                 x = block(x)
-        return self.head(parts.global_mean(x))
+        if self.bases > 1:
+            x, *_ = x  # behind the last group all are the sum
+        if pre_norm:
+            x = self.activation(self.final_norm(x))
+        x = parts.global_mean(x)
+        return self.head(x if self.head_shift is None else self.head_shift(x))
+
+
+def _check(style, make, zero_init_gamma, pre_norm, bases, soft_gates) -> None:
+    """Raises a UserError on options that do not go together."""
+    if style.skip == "conv" and make is not BasicBlock:
+        raise UserError(
+            "model.skip='conv': each convolution of a block must keep the shape, so it is for "
+            "basic blocks; for depth 50 and 101 allowed 'block'"
+        )
+    if zero_init_gamma and not style.ends_in_norm:
+        raise UserError(
+            f"model.zero_init_gamma=True with model.order={style.order!r} and model.norm="
+            f"{style.norm!r}: allowed for orders cabs, cbsa with a norm"
+        )
+    if pre_norm and style.fixup:
+        raise UserError("model.pre_norm=True: there is no norm with model.norm='fixup'; give False")
+    if bases < 1:
+        raise UserError(f"model.bases={bases}: must be at least 1")
+    if soft_gates and bases == 1:
+        raise UserError("model.soft_gates=True: with model.bases=1 there is nothing to choose from")
 
 
 def _blocks(layout: str, depth: int, blocks: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,4 +1,8 @@
-"""VGG with batch norm (arXiv 1409.1556), and QuadraLib's shallow layout Q7 (arXiv 2204.01701)."""
+"""VGG with batch norm (arXiv 1409.1556), QuadraLib's shallow Q7 (arXiv 2204.01701), VGG-small.
+
+VGG-small is the net of LQ-Nets (arXiv 1807.10029) and other quantizers for CIFAR-10: that of
+BinaryConnect (arXiv 1511.00363) with one dense layer in place of three.
+"""
 
 from flax import nnx
 from jax import Array
@@ -14,22 +18,27 @@ LAYOUTS = {
     "D": ((64,) * 2, (128,) * 2, (256,) * 3, (512,) * 3, (512,) * 3),
     "E": ((64,) * 2, (128,) * 2, (256,) * 4, (512,) * 4, (512,) * 4),
     "Q7": ((64,) * 2, (128,) * 2, (256,), (512,), (512,)),
+    "small": ((128,) * 2, (256,) * 2, (512,) * 2),
 }
+# Layouts without biases in front of norms, whose head reads every pixel in place of their mean.
+FLAT = ("small",)
 
 
 class ConvBlock(nnx.Module):
-    """3x3 convolution with bias, batch norm, activation."""
+    """Convolution, batch norm, activation; 3x3 with bias by default."""
 
     def __init__(
         self,
         in_features: int,
         features: int,
+        kernel: int = 3,
         *,
+        use_bias: bool = True,
         activation: parts.Activation = nnx.relu,
         rngs: nnx.Rngs,
     ):
         self.activation = activation
-        self.conv = parts.conv(in_features, features, 3, use_bias=True, rngs=rngs)
+        self.conv = parts.conv(in_features, features, kernel, use_bias=use_bias, rngs=rngs)
         self.norm = BatchNorm(features, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
@@ -37,14 +46,16 @@ class ConvBlock(nnx.Module):
 
 
 class VGG(nnx.Module):
-    """Five stages `stage1` to `stage5` of convolutions, a global mean, the head.
+    """Stages `stage1`, `stage2`, ... of convolutions, each halving the image; the head.
 
-    14,728,266 parameters for layout D (VGG-16), 3 channels and 10 classes.
+    The head reads the mean over all pixels, for layout 'small' every pixel. 14,728,266 parameters
+    for layout D (VGG-16), 4,660,106 for 'small', with 3 channels and 10 classes.
 
     Args:
-      image_shape: `(H, W, C)`, at least 32 pixels high and wide.
+      image_shape: `(H, W, C)`, at least 32 pixels high and wide; 8 for layout 'small', which takes
+        no other size later on.
       num_classes: Number of logits.
-      layout: A (VGG-11), B (13), D (16), E (19), or Q7, which QVGG-7 is converted from.
+      layout: A (VGG-11), B (13), D (16), E (19), Q7, which QVGG-7 is converted from, or small.
       width: Multiplies all channel numbers.
       activation: What stands in for ReLU, a key of `parts.ACTIVATIONS`.
       rngs: Source of the initial values.
@@ -62,16 +73,21 @@ class VGG(nnx.Module):
     ):
         stages = names.pick("model.layout", layout, LAYOUTS)
         parts.check_size(image_shape, halvings=len(stages))
-        self.stages = len(stages)
+        self.stages, self.flat = len(stages), layout in FLAT
         follows = parts.activation(activation)
         channels = image_shape[-1]
         for number, stage in enumerate(stages, start=1):
             blocks = nnx.List([])
             for features in (parts.scaled(features, width) for features in stage):
-                block = ConvBlock(channels, features, activation=follows, rngs=rngs)
+                block = ConvBlock(
+                    channels, features, use_bias=not self.flat, activation=follows, rngs=rngs
+                )
                 blocks.append(block)
                 channels = features
             setattr(self, f"stage{number}", blocks)
+        if self.flat:
+            height, width = (side // 2**self.stages for side in image_shape[:2])
+            channels *= height * width
         self.head = parts.head(channels, num_classes, rngs=rngs)
 
     def __call__(self, images: Array) -> Array:
@@ -81,4 +97,4 @@ class VGG(nnx.Module):
             for block in getattr(self, f"stage{number}"):
                 x = block(x)
             x = parts.max_pool2(x)
-        return self.head(parts.global_mean(x))
+        return self.head(x.reshape(len(x), -1) if self.flat else parts.global_mean(x))

@@ -1,4 +1,6 @@
-"""Running averages are Flax's, bit for bit, and so is the norm called alone."""
+"""Running averages are Flax's, bit for bit, and so is the norm called alone; the other norms."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +8,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from efficient_nets.layers import BatchNorm, Dense, LayerSpec, layer_norm_act
+from efficient_nets.layers import (
+    BatchNorm,
+    Dense,
+    FrozenBatchNorm,
+    GroupNorm,
+    InstanceNorm,
+    LayerSpec,
+    layer_norm_act,
+)
 
 STEPS = 3
 
@@ -107,3 +117,52 @@ def test_averages_get_no_gradient():
         gradient = jax.grad(lambda s, g=graphdef, x=x: jnp.sum(nnx.merge(g, s)(x) ** 2))(state)
         averages = jax.tree.leaves(nnx.filter_state(gradient, nnx.BatchStat))
         assert len(averages) == 6 and not any(jnp.any(leaf) for leaf in averages)
+
+
+def test_a_frozen_norm_never_moves():
+    """Neither by a step in training mode, fused or alone, nor by an optimizer."""
+    norm, layer = FrozenBatchNorm(4, rngs=nnx.Rngs(0)), Dense(3, 4, rngs=nnx.Rngs(0))
+    norm.mean[...], norm.var[...] = jnp.arange(4.0), 1 + jnp.arange(4.0)
+    norm.scale[...], norm.bias[...] = 2 - jnp.arange(4.0), jnp.arange(4.0) / 2
+    before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(norm)))
+    norm.train()
+    x = _batches(8, 3)[1]
+    fused, alone = layer_norm_act(x, layer, norm), norm(layer(x))
+    root = np.sqrt(1e-5 + before["var"])
+    y = np.asarray(layer(x))
+    expected = (y - before["mean"]) / root * before["scale"] + before["bias"]
+    for y in (fused, alone):
+        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)  # float32 rounding
+    jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(norm)), before)
+    assert len(jax.tree.leaves(before)) == 4 and not jax.tree.leaves(nnx.state(norm, nnx.Param))
+
+
+@pytest.mark.parametrize(
+    ("make", "features", "groups"),
+    [
+        (GroupNorm, 6, 2),  # what of 32 divides 6
+        (GroupNorm, 48, 16),
+        (functools.partial(GroupNorm, groups=3), 6, 3),
+        (InstanceNorm, 5, 5),
+    ],
+)
+def test_group_norms_are_their_formula(make, features, groups):
+    norm = make(features, rngs=nnx.Rngs(0))
+    norm.scale[...] = 1 + jnp.arange(float(features))
+    norm.bias[...] = jnp.arange(float(features)) / 2
+    x = np.random.default_rng(0).normal(3, 2, (2, 4, 3, features))
+    grouped = x.reshape(2, 4, 3, groups, -1)
+    centred = grouped - grouped.mean((1, 2, 4), keepdims=True)
+    normal = centred / np.sqrt((centred**2).mean((1, 2, 4), keepdims=True) + 1e-5)
+    expected = normal.reshape(x.shape) * np.asarray(norm.scale) + np.asarray(norm.bias)
+    # float32 sums of at least 12 values of size 3.
+    np.testing.assert_allclose(norm(jnp.asarray(x, jnp.float32)), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("norm", [BatchNorm, FrozenBatchNorm, GroupNorm, InstanceNorm])
+def test_a_norm_alone_computes_in_float32_and_keeps_the_type(norm):
+    norm, x = norm(2, rngs=nnx.Rngs(0)), 1000 + 8 * _batches(4, 5, 2)[1]
+    narrow = x.astype(jnp.bfloat16)  # in steps of 4
+    wide = norm(narrow.astype(jnp.float32))
+    assert norm(narrow).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(norm(narrow), wide.astype(jnp.bfloat16))

@@ -64,6 +64,8 @@ def test_the_default_is_what_the_papers_take(net, monkeypatch):
     ("name", "formula"),
     [
         ("relu", lambda x: max(x, 0.0)),
+        ("relu6", lambda x: min(max(x, 0.0), 6.0)),
+        ("leaky", lambda x: max(x, 0.01 * x)),
         ("none", lambda x: x),
         ("silu", lambda x: x / (1 + np.exp(-x))),
         # 1 + erf(x / sqrt 2) is twice the normal distribution function: here at five points.
@@ -73,14 +75,15 @@ def test_the_default_is_what_the_papers_take(net, monkeypatch):
     ],
 )
 def test_each_activation_is_its_formula(name, formula):
-    points = [-3, -0.5, 0, 0.5, 3]
+    points = [-3, -0.5, 0, 0.5, 3] + [7] * (name == "relu6")
     found = jax.jit(parts.activation(name))(jnp.asarray(points, jnp.float32))
     # float32 rounding; 8 decimals of the table for gelu. Its approximation is off by 1e-4.
     np.testing.assert_allclose(found, [formula(x) for x in points], atol=3e-7)
 
 
 def test_there_is_a_formula_for_each():
-    assert sorted(parts.ACTIVATIONS) == ["gelu", "hard_tanh", "none", "relu", "silu", "tanh"]
+    names = ["gelu", "hard_tanh", "leaky", "none", "relu", "relu6", "silu", "tanh"]
+    assert sorted(parts.ACTIVATIONS) == names
 
 
 def test_without_activations_a_linear_net_is_affine(x64):

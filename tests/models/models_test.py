@@ -11,7 +11,7 @@ from flax import nnx
 
 from efficient_nets import layers, models, paths
 from efficient_nets.errors import UserError
-from efficient_nets.models import mobilenet, resnet, vgg
+from efficient_nets.models import mobilenet, mobilenet_v2, resnet, vgg
 
 QUADRATIC = dict(neuron="ours", norm="branch")
 # Options that make each architecture small, the image it takes, and its quadratic layers.
@@ -20,10 +20,14 @@ SMALL = {
     "vgg": (dict(layout="Q7", width=0.0625), (33, 47, 3), "conv"),
     "resnet": (dict(blocks=(1, 1, 1), width=0.25), (9, 13, 3), r"stage\d/.*/conv\d"),
     "mobilenet": (dict(layout="q8", width=0.0625), (17, 25, 3), "depthwise|pointwise"),
+    "mobilenet_v2": (dict(layout="cifar", width=0.0625), (17, 25, 3), "depthwise|project"),
+    "nin": (dict(width=0.03), (9, 13, 3), "blocks"),
     "pinet": (dict(form="ncp", degree=3, hidden=8), (5, 4, 3), "factors|states"),
     "pinet_resnet": (dict(blocks=(1, 1), width=0.0625), (9, 13, 3), r"stage\d/.*/conv\d"),
     "quadranet": (dict(depths=(1, 1, 1, 1), width=1 / 24), (9, 13, 3), "depthwise"),
 }
+# Two groups of blocks have all that more of them have.
+SHORT_V2 = (1, ((1, 16, 1, 1), (6, 24, 2, 2)))
 IMAGENET = dict(layout="imagenet", blocks=(1, 1, 1, 1), width=0.0625)
 
 
@@ -84,6 +88,10 @@ def count(*args, **kwargs):
         (25_557_032, "resnet", dict(layout="imagenet", depth=50, num_classes=1000)),
         (44_549_160, "resnet", dict(layout="imagenet", depth=101, num_classes=1000)),
         (4_231_976, "mobilenet", dict(layout="v1", num_classes=1000)),
+        (3_504_872, "mobilenet_v2", dict(num_classes=1000)),  # torchvision's
+        (966_986 + 2_816, "nin", {}),  # arXiv 1312.4400's code, and the norms
+        # 4,574,592 weights in convolutions, a dense layer of 8192 to 10, the norms.
+        (4_574_592 + 81_930 + 3_584, "vgg", dict(layout="small")),
         (
             3_227_594,
             "mobilenet",
@@ -107,8 +115,9 @@ def test_vgg_11_counts_its_layers():
     assert count("vgg", layout="A") == convs + (512 + 1) * 10
 
 
-def test_names_of_layers_are_stable():
+def test_names_of_layers_are_stable(monkeypatch):
     """Rules, checkpoints and configs depend on these names."""
+    monkeypatch.setitem(mobilenet_v2.LAYOUTS, "cifar", SHORT_V2)
     basic = ["conv1", "conv2"]
     projected = [*basic, "shortcut"]
     expected = {
@@ -127,6 +136,12 @@ def test_names_of_layers_are_stable():
             *(f"blocks/{i}/{name}" for i in range(8) for name in ("depthwise", "pointwise")),
             *("head", "stem"),
         ],
+        "mobilenet_v2": [
+            *("blocks/0/depthwise", "blocks/0/project"),
+            *(f"blocks/{i}/{n}" for i in (1, 2) for n in ("depthwise", "expand", "project")),
+            *("head", "last", "stem"),
+        ],
+        "nin": [*(f"blocks/{i}/conv" for i in range(7)), "head", "stem"],
         "pinet": [*(f"factors/{i}" for i in range(3)), "head", "states/0", "states/1"],
         "pinet_resnet": [
             "head",
@@ -161,6 +176,7 @@ def test_logits_follow_the_input_and_gradients_reach_every_parameter(name, form,
     # Two stages or blocks have all that more of them have.
     monkeypatch.setitem(vgg.LAYOUTS, "Q7", ((64,), (128,)))
     monkeypatch.setitem(mobilenet.LAYOUTS, "q8", ((64, 1), (128, 2)))
+    monkeypatch.setitem(mobilenet_v2.LAYOUTS, "cifar", SHORT_V2)
     model, image_shape = small(name, form, arrays)
     graph, params, stats = nnx.split(model, nnx.Param, ...)
     images = jax.random.normal(jax.random.key(2), (8, *image_shape))
@@ -177,6 +193,8 @@ def test_logits_follow_the_input_and_gradients_reach_every_parameter(name, form,
     assert value != value_and_grad(params, jnp.flip(images, 1))[0]
     # A batch norm takes the mean away: the gradient of a bias before it is 0, but for rounding.
     before_norm = r"/[abc]/bias" if form == "quadratic" else r"\d/conv/w/bias"
+    if name == "nin":
+        before_norm += "|stem/w/bias"
     for path, leaf in paths.named_leaves(nnx.to_pure_dict(gradient)).items():
         assert np.all(np.isfinite(leaf)), path
         if re.search(before_norm, path) is None:
@@ -198,6 +216,8 @@ def test_bfloat16_products_give_bfloat16_logits(name):
         ("resnet", SMALL["resnet"][0], [(1, 1), (8, 8), (31, 64)]),
         ("resnet", IMAGENET, [(8, 8), (64, 97)]),
         ("mobilenet", SMALL["mobilenet"][0], [(1, 1), (8, 8), (64, 97)]),
+        ("mobilenet_v2", SMALL["mobilenet_v2"][0], [(1, 1), (8, 8), (64, 97)]),
+        ("nin", SMALL["nin"][0], [(1, 1), (8, 8), (64, 97)]),
         ("pinet_resnet", SMALL["pinet_resnet"][0], [(1, 1), (8, 8), (31, 64)]),
         ("quadranet", SMALL["quadranet"][0], [(1, 1), (8, 8), (64, 97)]),
     ],

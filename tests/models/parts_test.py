@@ -32,3 +32,18 @@ def test_max_pool3_pads_with_less_than_any_value():
 
 def test_scaled_rounds_and_keeps_a_channel():
     assert [parts.scaled(16, width) for width in (0.01, 0.4, 1.0, 2.5)] == [1, 6, 16, 40]
+
+
+@pytest.mark.parametrize("window", [2, 3])
+def test_mean_pool_is_the_mean_of_what_there_is(window):
+    x = np.random.default_rng(0).normal(0, 1, (2, 5, 4, 3)).astype(np.float32)
+    # Windows that overlap are centred as well as 'SAME' can: one pixel early where H is odd.
+    early = [(-(-side // 2) - 1) * 2 + window - side for side in (5, 4)]
+    early = [max(missing, 0) // 2 for missing in early]
+    expected = np.zeros((2, 3, 2, 3))
+    for i, j in np.ndindex(3, 2):
+        low = [max(2 * at - less, 0) for at, less in zip((i, j), early, strict=True)]
+        high = [2 * at - less + window for at, less in zip((i, j), early, strict=True)]
+        expected[:, i, j] = x[:, low[0] : high[0], low[1] : high[1]].mean((1, 2))
+    # float32 rounding of nine terms.
+    np.testing.assert_allclose(parts.mean_pool(jnp.asarray(x), window), expected, atol=1e-6)
