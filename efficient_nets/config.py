@@ -69,7 +69,7 @@ def model(name: str, *, preset: str = "", **options) -> ConfigDict:
     """The `config.model` section: the architecture's name and all its options.
 
     Args:
-      name: A key of `models.MODELS`.
+      name: A key of `models.MODELS`, or with a preset behind a colon, as 'resnet:bireal'.
       preset: A key of `models.PRESETS[name]`: options of a published variant, which those given
         here override. The section holds the options, and not the preset's name.
       **options: See `models.options(name)`.
@@ -77,6 +77,10 @@ def model(name: str, *, preset: str = "", **options) -> ConfigDict:
     Raises:
       UserError: on an architecture, preset or option that does not exist.
     """
+    name, _, behind = name.partition(":")
+    if behind and preset:
+        raise UserError(f"preset={preset!r}: {name}:{behind} names one already")
+    preset = preset or behind
     defaults = models.options(name)
     names.check_fields(f"model {name!r}", options, defaults)
     return ConfigDict({"name": name, **defaults, **models.preset(name, preset), **options})

@@ -3,7 +3,7 @@
 import math
 
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 
 from efficient_nets.ops import batch_norm, linear_maps
 
@@ -53,17 +53,23 @@ class BatchNorm(nnx.BatchNorm):
 class FrozenBatchNorm(BatchNorm):
     """A batch norm none of whose arrays ever moves, in training either.
 
-    Scale and bias are no parameters: neither gradients nor weight decay reach them. It is a fixed
-    affine map, which a checkpoint gives; for nets that start from a trained one and whose batches
-    are too small for statistics.
+    Scale and bias are parameters by name, so that a trained net's fit, but get no gradient. It is a
+    fixed affine map, which a checkpoint gives; for nets that start from a trained one and whose
+    batches are too small for statistics.
     """
 
     def __init__(self, features: int, *, rngs: nnx.Rngs):
         super().__init__(features, rngs=rngs)
-        for name in ("scale", "bias"):
-            value = getattr(self, name)[...]
-            delattr(self, name)  # or the new variable would become the old one's value
-            setattr(self, name, nnx.BatchStat(value))
+
+    def arrays(self) -> batch_norm.Norm:
+        return lax.stop_gradient(super().arrays())
+
+    def __call__(self, x: Array) -> Array:
+        of = self.arrays()
+        wide = x.astype(linear_maps.wide(x.dtype))
+        return batch_norm.normalise(
+            wide, of, batch_norm.Moments(of.mean, of.var), self.epsilon
+        ).astype(x.dtype)
 
     # Flax's `train()` sets the attribute of every norm; here there is nothing to set.
     @property
@@ -83,13 +89,14 @@ class GroupNorm(nnx.GroupNorm):
 
     Args:
       features: Number of channels C.
-      groups: Number of groups; 0 for 32, the paper's, or what of it divides C.
+      groups: Number of groups; 0 for groups of 16 channels (table 3 there), or of the greatest
+        divisor of 16 that divides C.
     """
 
     def __init__(self, features: int, *, groups: int = 0, rngs: nnx.Rngs):
         super().__init__(
             features,
-            num_groups=groups or math.gcd(32, features),
+            num_groups=groups or features // math.gcd(16, features),
             epsilon=1e-5,
             use_fast_variance=False,
             rngs=rngs,

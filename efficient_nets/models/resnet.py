@@ -157,6 +157,16 @@ def _check(style, make, zero_init_gamma, pre_norm, bases, soft_gates) -> None:
             "model.skip='conv': each convolution of a block must keep the shape, so it is for "
             "basic blocks; for depth 50 and 101 allowed 'block'"
         )
+    if style.skip == "conv" and style.fixup:
+        raise UserError(
+            "model.skip='conv' with model.norm='fixup': its start is that of blocks of several "
+            "convolutions; allowed 'block'"
+        )
+    if zero_init_gamma and (style.skip == "conv" or style.norm == "frozen"):
+        raise UserError(
+            f"model.zero_init_gamma=True with model.skip={style.skip!r} and model.norm="
+            f"{style.norm!r}: allowed for skip 'block' and a norm that learns"
+        )
     if zero_init_gamma and not style.ends_in_norm:
         raise UserError(
             f"model.zero_init_gamma=True with model.order={style.order!r} and model.norm="
