@@ -481,13 +481,13 @@ def values_of(case, kind, seed=0):
         for _ in range(number // 2)
     ]
     corners = [0.0, 0.0, 0.5, -0.5, 1.0, -1.0, 0.375, -(2.0**9), 2.0**9]
+    if case.method == "ttq":  # the threshold itself
+        corners[4:6] = [0.05 * 2.0**9, -0.05 * 2.0**9]
     if kind == "infinite":
         corners[-2:] = [-math.inf, math.inf]
     found = [*corners, *edges]
     found += generator.normal(size=number - len(found)).tolist()
     generator.shuffle(found)
-    if case.site == "output" and kind == "edges":
-        found = [abs(x) if case.method == "log2" else x for x in found]
     return found
 
 

@@ -117,6 +117,17 @@ def test_nothing_is_nan_for_values_without_spread(method, site, levels, kind):
             assert np.all(np.abs(np.asarray(array, np.float64)) < 1e3)
 
 
+@pytest.mark.parametrize("value", [0.1, -0.3, 1e-20])
+def test_values_that_are_all_alike_are_normalised_to_zeros(value):
+    """And not to the rounding of their mean over its own deviation, +-1."""
+    spec = make("lsq", "kernel", 16, normalise="standard")
+    x = jnp.full((13, 1, 4), value, jnp.float32)
+    np.testing.assert_array_equal(quantizers.quantize(spec, x, quantizers.start(spec, x)), 0 * x)
+    spec = make("lsq", "kernel", 16, normalise="restored")
+    restored = quantizers.quantize(spec, x, quantizers.start(spec, x))
+    np.testing.assert_allclose(restored, x, rtol=1e-6)  # the mean of 52, in float32
+
+
 @pytest.mark.parametrize("method, site, levels", list({row[:2]: row for row in TABLE}.values()))
 def test_observe_moves_observed_arrays_alone(method, site, levels):
     spec = make(method, site, levels)

@@ -269,7 +269,7 @@ def _normalised(quantizer: Quantizer, x: Array):
     centred = x - mean
     variance = groups.reduce(quantizer, jnp.square(centred), jnp.mean)
     variance = groups.spread(quantizer, variance, x)
-    alike = variance <= jnp.square(8 * jnp.finfo(x.dtype).eps * mean)
+    alike = variance <= jnp.square(64 * jnp.finfo(x.dtype).eps * mean)
     centred = through.straight_through(jnp.where(alike, 0.0, centred), centred)
     std = jnp.sqrt(jnp.where(alike, 1.0, variance))
     return centred / std, (std, mean)
