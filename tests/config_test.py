@@ -121,3 +121,13 @@ def test_json_of_a_config_is_valid_and_stable():
     config = configs.defaults()
     assert json.loads(configs.to_json(config))["schedule"]["name"] == "cosine"
     assert configs.to_json(config) == configs.to_json(configs.defaults())
+
+
+def test_a_preset_behind_the_name():
+    found = configs.model("resnet:bireal", depth=20)
+    assert found == configs.model("resnet", preset="bireal", depth=20)
+    assert (found.name, found.skip) == ("resnet", "conv")
+    with pytest.raises(UserError, match="preset='birael' is not known: .* did you mean 'bireal'"):
+        configs.model("resnet:birael")
+    with pytest.raises(UserError, match="resnet:xnor names one already"):
+        configs.model("resnet:xnor", preset="bireal")

@@ -247,3 +247,17 @@ def test_groups_have_their_own_figures(per, axis):
 
 def _plain(method):
     return {"gradient": "identity"}
+
+
+@pytest.mark.parametrize(("method", "name"), [("lsq", "step"), ("pact", "alpha")])
+@pytest.mark.parametrize("value", [0.0, -0.1])
+def test_a_range_below_zero_comes_back(method, name, value):
+    """Where the output should be larger, the gradient makes the range larger."""
+    spec = quantizers.make("input", dict(method=method, bits=2))
+    x = jnp.asarray([[0.5, 1.0, 2.0]], jnp.float32)
+
+    def error(found):
+        arrays = quantizers.Arrays({name: found}, {})
+        return jnp.sum(jnp.square(quantizers.quantize(spec, x, arrays) - x))
+
+    assert jax.grad(error)(jnp.full(1, value, jnp.float32))[0] < -1e-3

@@ -62,9 +62,14 @@ def pseudo(q: Quantizer, codes: Array, u: Array, low, high) -> Array:
     return through.straight_through(codes, slope * u)
 
 
+def positive(scale: Array) -> Array:
+    """At least TINY, straight through: what an update took below 0 gets a gradient back."""
+    return through.straight_through(jnp.maximum(lax.stop_gradient(scale), TINY), scale)
+
+
 def divisor(q: Quantizer, scale: Array) -> Array:
     """At least TINY, and a power of two where that is asked for; straight through."""
-    scale = jnp.maximum(scale, TINY)
+    scale = positive(scale)
     if not q.power_of_two:
         return scale
     return through.straight_through(jnp.exp2(jnp.round(jnp.log2(lax.stop_gradient(scale)))), scale)
@@ -164,11 +169,10 @@ def _pact(q: Quantizer, x: Array, arrays: Values) -> Rounded:
     Signed, the range is [-alpha, alpha].
     """
     low, high = limits(q, arrays, x)
-    alpha = groups.spread(q, jnp.maximum(arrays["alpha"].astype(x.dtype), TINY), x)
+    alpha = groups.spread(q, positive(arrays["alpha"].astype(x.dtype)), x)
     floor = -alpha if q.signed else jnp.zeros_like(alpha)
     inside = jnp.where(x >= alpha, alpha, jnp.where(x < floor, floor, x))
-    scale = groups.spread(q, lax.stop_gradient(arrays["alpha"]).astype(x.dtype), x)
-    scale = jnp.maximum(scale, TINY) / high
+    scale = lax.stop_gradient(alpha) / high
     return Rounded(inside, nearest(q, inside / scale, -high if q.signed else low, high), scale)
 
 
