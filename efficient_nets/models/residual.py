@@ -30,9 +30,9 @@ from efficient_nets.models import parts
 ORDERS = {
     "cbsa": "arXiv 1512.03385, and torchvision",
     "cbas": "the sum is not activated",
-    "cabs": "arXiv 1811.10413, figure 'layer reordering': norm last",
+    "cabs": "Group-Net, arXiv 1811.10413: the norm last",
     "bacs": "pre-activation, arXiv 1603.05027",
-    "bcas": "arXiv 1603.05279, whose binary convolution reads the norm's output",
+    "bcas": "norm in front of the convolution, activation behind it",
 }
 SKIPS = {
     "block": "one shortcut around the block",

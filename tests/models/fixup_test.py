@@ -45,7 +45,7 @@ def numbers(module):
 
 @pytest.mark.parametrize("strides", [1, 2])
 def test_a_block_is_its_formula(strides):
-    """Algorithm 1 of arXiv 1901.09321, and the authors' shortcut, which reads x + shift1."""
+    """The rules of arXiv 1901.09321, and the authors' shortcut, which reads x + shift1."""
     block = residual.BasicBlock(4, 4, strides, style=STYLE, rngs=nnx.Rngs(0))
     values = dict(
         zip(

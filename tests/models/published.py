@@ -111,7 +111,7 @@ TABLE = [
 OTHERS = {
     ("mobilenet_v2", "imagenet", 224): inverted(TABLE, 2, 224),
     ("mobilenet_v2", "cifar", 32): inverted([TABLE[0], (6, 24, 2, 1), *TABLE[2:]], 1, 32),
-    # arXiv 1807.10029, section 4.2: 2x(128C3), MP2, 2x(256C3), MP2, 2x(512C3), MP2, dense.
+    # LQ-Nets, arXiv 1807.10029: 2x(128C3), MP2, 2x(256C3), MP2, 2x(512C3), MP2, dense.
     ("vgg", "small", 32): [
         ("stage1/0/conv", 3, 128, 3, 1, 32),
         ("stage1/1/conv", 128, 128, 3, 1, 32),

@@ -270,7 +270,7 @@ def test_s2d_stem_reads_squares_as_pixels():
     assert squares.shape == (2, 2, 1, 48)
     np.testing.assert_array_equal(squares[1, 1, 0].reshape(4, 4, 3), x[1, 4:])
     model = shapes((224, 224, 3), layout="imagenet", depth=18, stem="s2d")
-    # arXiv 2003.13630, figure 1: 56x56 before the first stage, as behind ResNet's pooling.
+    # 56x56 before the first stage, as behind ResNet's pooling.
     assert published.traced(model, (224, 224, 3))[0] == ("stem", 48, 64, 3, 1, 56)
     with pytest.raises(UserError, match=r"image_shape=\(30, 32, 3\).* multiples of 4"):
         parts.space_to_depth(jnp.zeros((1, 30, 32, 3)), 4)
