@@ -1,0 +1,87 @@
+"""Runs whose nets are rounded: where ranges start, and what the steps do with schedules."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from efficient_nets import calibration, data, evaluation, experiment, layers
+from efficient_nets import train as training
+from efficient_nets.errors import UserError
+from tests.train_test import tiny
+
+PRECISION = dict(
+    kernel=dict(method="lsq", bits=4, loss=0.1),
+    input=dict(method="lsq", bits=2, float_epochs=1.0, stages=((0, 16), (2, 4))),
+)
+
+
+@pytest.fixture(scope="module")
+def run():
+    rules = (dict(match=r"conv\d", precision=PRECISION),)
+    config = tiny(layers=rules, train__epochs=3.0, calibration__batch_size=64)
+    return experiment.build(config, data.load(config.data))
+
+
+@pytest.fixture(scope="module")
+def started(run):
+    return calibration.calibrated_start(run, run.initial_state(), trained=False)
+
+
+def ranges_of(run, state):
+    model = nnx.merge(run.graph, state.params, state.stats)
+    return dict(layers.ranges(model))
+
+
+def test_ranges_start_from_training_images(run, started):
+    fresh, state = run.initial_state(), started
+    batch = next(data.train_batches(run.dataset.train, 64, seed=run.config.seed))
+    images = data.gather(run.dataset.train.resident, batch)["image"]
+    model = nnx.merge(run.graph, fresh.params, fresh.stats)
+    expected = layers.calibrate(model, data.normalise(jnp.asarray(images), run.dataset.info))
+    found = ranges_of(run, state)
+    assert len(found) == 2 * 6
+    for path, wanted in layers.ranges(expected):
+        # Sums of up to 64 * 8 * 8 * 16 numbers, on eight devices and on one.
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-5),
+            found[path].arrays(),
+            wanted.arrays(),
+        )
+    before = ranges_of(run, fresh)["stage2/0/conv1/ranges/input"].step[0]
+    assert before != found["stage2/0/conv1/ranges/input"].step[0]
+
+
+def test_a_step_follows_the_schedules_and_adds_the_losses(run, started):
+    state, resident = started, evaluation.put_resident(run, "train")
+    batch = next(data.train_batches(run.dataset.train, 32, seed=0))
+    step = jax.jit(functools.partial(training.train_step, run))
+    phases = {}
+    for epoch in (0, 1, 2):
+        at = state._replace(step=jnp.asarray(epoch * run.epoch_steps, jnp.int32))
+        state, metrics = step(at, batch, resident)
+        found = ranges_of(run, state)["stage1/0/conv1/ranges/input"]
+        phases[epoch] = int(found.active[...]), int(found.stage[...])
+        assert float(metrics["quantization_loss"]) > 0
+        assert float(metrics["loss"]) > 0
+    assert phases == {0: (0, 0), 1: (1, 0), 2: (1, 1)}
+
+
+def test_nothing_is_calibrated_where_nothing_is_rounded_or_asked_for(run):
+    config = run.config.copy_and_resolve_references()
+    config.calibration.batch_size = 0
+    fresh = run.initial_state()
+    off = dataclasses.replace(run, config=config)
+    assert calibration.calibrated_start(off, fresh, trained=False) is fresh
+    plain = experiment.build(tiny(), run.dataset)
+    state = plain.initial_state()
+    assert calibration.calibrated_start(plain, state, trained=False) is state
+
+
+def test_an_unknown_calibration():
+    with pytest.raises(UserError, match="calibration.how='max' is not known.*minmax"):
+        experiment.build(tiny(calibration__how="max"), data.load(tiny().data))
