@@ -109,7 +109,8 @@ def defaults() -> ConfigDict:
             weight_decay=0.0,
             clip_norm=0.0,  # of the global gradient norm
             accumulate=1,  # steps whose gradients are averaged into one update
-            # match, learning_rate (a factor), weight_decay; the first rule that has a field wins.
+            # match, learning_rate (a factor), weight_decay, bound (of the parameters' size; 0 is
+            # none); the first rule that has a field wins.
             # Of the quantizers' ranges PACT's alpha alone decays, as its paper says.
             rules=(dict(match=r"(^|/)(bias|scale|ranges/.*/(?!alpha)\w+)$", weight_decay=0.0),),
         )

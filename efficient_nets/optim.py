@@ -13,7 +13,7 @@ from efficient_nets import names, paths
 from efficient_nets.errors import UserError
 
 Schedule = Callable[[jax.Array], jax.Array]
-RULE_FIELDS = ("match", "learning_rate", "weight_decay")
+RULE_FIELDS = ("match", "learning_rate", "weight_decay", "bound")
 
 
 def schedule(config: ConfigDict, learning_rate: float, epochs: float, per_epoch: float) -> Schedule:
@@ -122,7 +122,8 @@ def optimizer(config: ConfigDict, rate: Schedule, params: Any) -> optax.Gradient
 
     SGD and Adam add `weight_decay * parameter` to the gradient (L2), AdamW and LAMB to the update
     (decoupled). `config.rules` set decay and rate by parameter path; by default biases and norm
-    scales are not decayed.
+    scales are not decayed. A rule's `bound` B keeps parameters in [-B, B], as BinaryNet (arXiv
+    1602.02830) does with the weights behind signs.
 
     Args:
       config: `config.optimizer`.
@@ -153,6 +154,9 @@ def optimizer(config: ConfigDict, rate: Schedule, params: Any) -> optax.Gradient
 
     decays = by_path("weight_decay", config.weight_decay)
     factors = by_path("learning_rate", 1.0)
+    bounds = by_path("bound", 0.0)
+    if not min(jax.tree.leaves(bounds), default=0.0) >= 0:
+        raise UserError("optimizer.rules: bound must be at least 0; 0 is none")
     decay = optax.stateless(
         lambda updates, params: jax.tree.map(
             lambda u, p, wd: u + wd * p if wd else u, updates, params, decays
@@ -165,6 +169,11 @@ def optimizer(config: ConfigDict, rate: Schedule, params: Any) -> optax.Gradient
         optax.stateless(
             lambda updates, _: jax.tree.map(
                 lambda u, factor: u * factor if factor != 1.0 else u, updates, factors
+            )
+        ),
+        optax.stateless(
+            lambda updates, params: jax.tree.map(
+                lambda u, p, b: jnp.clip(p + u, -b, b) - p if b else u, updates, params, bounds
             )
         ),
     ]

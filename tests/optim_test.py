@@ -118,6 +118,16 @@ def test_rules_set_rate_and_decay_by_path_each_field_by_the_first_rule_that_has_
     np.testing.assert_allclose(params["bias"], 2 - 0.5, rtol=1e-6)
 
 
+def test_a_bound_holds_what_an_update_would_take_beyond_it():
+    rules = (dict(match="kernel", bound=1.75),)
+    params = updated(rules=rules, momentum=0.0, gradient=jax.tree.map(lambda x: -x, ONES))
+    np.testing.assert_array_equal(params["kernel"], 1.75)
+    np.testing.assert_array_equal(params["bias"], 2.5)
+    assert np.all(updated(rules=rules, momentum=0.0)["kernel"] == 1.5)
+    with pytest.raises(UserError, match="bound must be at least 0"):
+        updated(rules=(dict(match="kernel", bound=-1.0),))
+
+
 def test_a_rule_that_matches_no_parameter_is_an_error():
     with pytest.raises(UserError, match="optimizer.rules: 'kernle' matches no parameter"):
         updated(rules=(dict(match="kernle", weight_decay=0.0),))
