@@ -247,6 +247,7 @@ def _low_rank_cqnn(rank: int) -> Neuron:
 
 
 LOW_RANK = {"t1": _low_rank_t1, "cqnn": _low_rank_cqnn}
+MAX_RANK = 4096  # two branches each; a layer's own bound, its inputs, is known later
 
 
 def neuron(name: str) -> Neuron:
@@ -258,12 +259,14 @@ def neuron(name: str) -> Neuron:
     base, colon, argument = name.partition(":") if isinstance(name, str) else (name, "", "")
     if not colon:
         return names.pick("neuron", name, NEURONS)
-    if base not in LOW_RANK or not argument.isdecimal() or int(argument) < 1:
+    number = int(argument) if argument.isdecimal() and len(argument) < 10 else 0
+    if base not in LOW_RANK or not 1 <= number <= MAX_RANK:
         allowed = ", ".join(f"'{form}:RANK'" for form in LOW_RANK)
         raise UserError(
-            f"neuron={name!r}: a rank goes with {allowed} alone, and is a whole number from 1"
+            f"neuron={name!r}: a rank goes with {allowed} alone, and is a whole number from 1 to "
+            f"{MAX_RANK}"
         )
-    return _low_rank(base, int(argument))
+    return _low_rank(base, number)
 
 
 @functools.cache

@@ -268,6 +268,7 @@ def test_own_initialisation_does_not_keep_it(name):
     ("make", "says"),
     [
         (lambda: LayerSpec("T4"), r"neuron='T4' is not known: allowed cqnn, .*t4"),
+        (lambda: LayerSpec("t1:99999999"), r"neuron='t1:99999999': .* from 1 to 4096"),
         (lambda: LayerSpec("ours:3"), r"neuron='ours:3': a rank goes with 't1:RANK', 'cqnn:RANK'"),
         (lambda: LayerSpec("t1:0"), "whole number from 1"),
         (lambda: LayerSpec("t1:two"), "whole number from 1"),
