@@ -115,6 +115,18 @@ def test_relinear_is_bit_equal_where_a_channel_does_not_depend_on_its_neighbours
     np.testing.assert_array_equal(jax.jit(quadratic)(x), jax.jit(layer)(x))
 
 
+@pytest.mark.parametrize("norm", ["none", "branch"])
+@pytest.mark.parametrize("name", ["fan", "cqnn", "cqnn:2"])
+def test_relinear_of_a_layer_without_bias_leaves_none_to_a_neuron_that_has_its_own(name, norm):
+    random = dict(bias_init=nnx.initializers.normal(), rngs=nnx.Rngs(0))
+    layer = Dense(8, 5, use_bias=False, spec=LayerSpec(norm=norm), **random)
+    layer.eval()
+    x = jax.random.normal(KEY, (3, 8))
+    quadratic = convert(layer, [dict(match="", neuron=name, start="relinear")], KEY)
+    quadratic.eval()
+    np.testing.assert_allclose(quadratic(x), layer(x), rtol=1e-5, atol=1e-5)  # sums of 8 terms
+
+
 @pytest.mark.parametrize("name", sorted({*LINEARISABLE} - {"linear"}))
 def test_relinear_is_not_stuck(name):
     """Some weight of a product has a gradient at the start, so that the neuron can bend."""
