@@ -85,10 +85,11 @@ def make(
 
 def _check_forms(geometry: Geometry, spec: LayerSpec) -> None:
     inputs, features = geometry.inputs, geometry.features
-    if spec.parts.rank > inputs:
+    largest = inputs + spec.parts.biased  # the form of cqnn has a constant 1 as one more input
+    if spec.parts.rank > largest:
         raise UserError(
             f"neuron={spec.neuron!r}: the form of a kernel with {inputs} inputs has rank "
-            f"{inputs} at most"
+            f"{largest} at most"
         )
     size = forms.pairs(inputs) * features * jnp.dtype(geometry.param_dtype).itemsize
     if "form" in spec.parts.reads and size > FORM_BYTES:

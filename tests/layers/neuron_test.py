@@ -290,6 +290,10 @@ def test_own_initialisation_does_not_keep_it(name):
             "a kernel with 4 inputs has rank 4 at most",
         ),
         (
+            lambda: Dense(4, 2, spec=LayerSpec("cqnn:6"), rngs=nnx.Rngs(0)),
+            "a kernel with 4 inputs has rank 5 at most",
+        ),
+        (
             lambda: Conv(512, 512, (3, 3), spec=LayerSpec("t1"), rngs=nnx.Rngs(0)),
             r"have 10,619,136 coefficients each and take 21,747,990,528 bytes, allowed are "
             r"1,073,741,824; give a rank",
@@ -321,6 +325,11 @@ def test_own_initialisation_does_not_keep_it(name):
 def test_bad_input(make, says):
     with pytest.raises(UserError, match=says):
         make()
+
+
+@pytest.mark.parametrize("name", ["t1:4", "cqnn:5"])  # cqnn's form is of the inputs and a 1
+def test_a_form_of_full_rank_is_fine(name):
+    assert Dense(4, 2, spec=LayerSpec(name), rngs=nnx.Rngs(0))(jnp.ones((3, 4))).shape == (3, 2)
 
 
 def test_a_form_of_one_input_a_channel_is_fine():
