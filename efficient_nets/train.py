@@ -243,12 +243,15 @@ def _advanced(run: Experiment, state: TrainState):
 
 
 def _watched(model: nnx.Module, images):
-    """Logits, and the largest magnitude of each layer's products."""
+    """Logits, and the largest magnitude of each layer's products, over all its calls."""
     paths_of = {id(layer): path for path, layer in layers.layers(model)}
     with layers.collecting("peaks") as peaks:
         logits = model(images)
-    names = [paths_of[id(layer)].replace("/", ".") for layer, _ in peaks]
-    return logits, {f"{n}/product_max": p for n, (_, p) in zip(names, peaks, strict=True)}
+    largest = {}
+    for layer, peak in peaks:
+        name = f"{paths_of[id(layer)].replace('/', '.')}/product_max"
+        largest[name] = jnp.maximum(largest.get(name, peak), peak)
+    return logits, largest
 
 
 def _stats(model: nnx.Module):

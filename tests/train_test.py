@@ -4,13 +4,16 @@ import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from efficient_nets import data, evaluation, experiment, sharding, workdirs
 from efficient_nets import train as training
 from efficient_nets.checkpoint import CheckpointError
 from efficient_nets.errors import TrainingDiverged, UserError
+from efficient_nets.layers import Dense, LayerSpec
 from tests import tiny_config
 
 
@@ -339,3 +342,19 @@ def test_the_last_checkpoint_is_complete_before_a_sigterm_may_end_the_process(
     noting(training.Preemption, "__exit__")
     training.train(tiny(train__epochs=1.0), tmp_path)
     assert events[: events.index("__exit__")][-2:] == ["save", "wait"]
+
+
+@pytest.mark.parametrize("scale", [0.1, 10.0])
+def test_the_peak_of_a_layer_that_is_called_twice_is_that_of_both_calls(scale):
+    class Twice(nnx.Module):
+        def __init__(self):
+            self.dense = Dense(1, 1, spec=LayerSpec("t3"), use_bias=False, rngs=nnx.Rngs(0))
+            self.dense.a.kernel[...] = jnp.ones((1, 1))
+
+        def __call__(self, x):
+            self.dense(x)
+            return self.dense(scale * x)
+
+    _, peaks = training._watched(Twice(), jnp.full((1, 1), 3.0))
+    assert peaks.keys() == {"dense/product_max"}
+    np.testing.assert_allclose(peaks["dense/product_max"], 9 * max(scale, 1) ** 2, rtol=1e-6)

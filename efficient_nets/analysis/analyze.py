@@ -25,6 +25,7 @@ from efficient_nets.analysis.terms import KINDS, OTHER, measured
 from efficient_nets.layers import layers, watched
 
 CHANNELS = 12  # of which maps are kept
+ROWS = 64  # of kernels without a window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,9 @@ class LayerAnalysis:
         largest finite magnitude, and the root of the second moment.
       product_nonfinite, input_nonfinite: Its values, and the input's, that are NaN or infinite;
         histograms count their own.
+      weight_maps, gradient_maps: Of each branch's kernel and of its gradient, by branch, those of
+        the first input channel to the first `CHANNELS` outputs: `(*kernel_size, channels)`. Of a
+        kernel without a window, of its first `ROWS` inputs: `(rows, channels)`.
       spectrum: Of the quadratic form, None if there is none.
       map: Output for the first image, `(*spatial, channels)`, the first `CHANNELS` channels.
       first_map, second_map: Its terms of first and of second order, None where there is none.
@@ -56,6 +60,8 @@ class LayerAnalysis:
     activations: Histogram
     weights: dict[str, Histogram]
     gradients: dict[str, Histogram]
+    weight_maps: dict[str, np.ndarray]
+    gradient_maps: dict[str, np.ndarray]
     moments: dict[str, float]
     moment: float
     product_max: float
@@ -254,9 +260,19 @@ def _look(path: str, layer, x: Array, y: Array, gradient) -> LayerAnalysis:
         activations=histogram(y),
         weights=_kernel_histograms(layer),
         gradients=_kernel_histograms(gradient),
+        weight_maps=_kernel_maps(layer),
+        gradient_maps=_kernel_maps(gradient),
         spectrum=layer_spectrum(layer),
         **found,
     )
+
+
+def _kernel_maps(layer) -> dict[str, np.ndarray]:
+    kernels = {name: getattr(layer, name).kernel[...] for name in layer.spec.branches}
+    return {
+        name: np.asarray(kernel[:ROWS, :CHANNELS] if kernel.ndim == 2 else kernel[..., 0, :CHANNELS])
+        for name, kernel in kernels.items()
+    }
 
 
 def _kernel_histograms(layer) -> dict[str, Histogram]:

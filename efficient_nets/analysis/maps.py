@@ -105,6 +105,26 @@ def first_and_second_order(found: Analysis):
     return figure
 
 
+def kernel_maps(found: Analysis):
+    """Kernels beside their gradients, a line a branch; each on a scale of its own.
+
+    Blue below 0 and red above. Of the first input channel, to the first output channels.
+    """
+    lines = [(layer, branch) for layer in found.layers for branch in layer.weight_maps]
+    figure = new_figure(12.5, 0.5 + 0.62 * len(lines))
+    figure.get_layout_engine().set(wspace=0.12)
+    names = [f"{layer.name} {branch}" for layer, branch in lines]
+    axes = grid(figure, names, ["weights", "gradients of the loss"])
+    for row, (layer, branch) in zip(axes, lines, strict=True):
+        pair = layer.weight_maps[branch], layer.gradient_maps[branch]
+        for axis, maps in zip(row, pair, strict=True):
+            largest = max(map(abs, _finite_range(maps))) or 1.0
+            maps = _filled(maps[..., :FEW], FEW) if maps.ndim > 2 else maps
+            _show(axis, maps, cmap="RdBu_r", vmin=-largest, vmax=largest)
+            _beside(axis, f"within\n±{largest:.3g}")
+    return figure
+
+
 def beside_reference(found: Analysis, reference: Reference):
     """The outputs of the layers that another net has too, beside that net's, for its first image.
 

@@ -45,6 +45,7 @@ def plot_analysis(
         "product_magnitude": product_magnitude,
         "spectra": spectra,
         "feature_maps": maps.feature_maps,
+        "kernel_maps": maps.kernel_maps,
         "first_and_second_order": maps.first_and_second_order,
     }
     if reference is not None:

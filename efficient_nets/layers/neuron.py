@@ -85,10 +85,11 @@ def make(
 
 def _check_forms(geometry: Geometry, spec: LayerSpec) -> None:
     inputs, features = geometry.inputs, geometry.features
-    if spec.parts.rank > inputs:
+    largest = inputs + spec.parts.biased  # the form of cqnn has a constant 1 as one more input
+    if spec.parts.rank > largest:
         raise UserError(
             f"neuron={spec.neuron!r}: the form of a kernel with {inputs} inputs has rank "
-            f"{inputs} at most"
+            f"{largest} at most"
         )
     size = forms.pairs(inputs) * features * jnp.dtype(geometry.param_dtype).itemsize
     if "form" in spec.parts.reads and size > FORM_BYTES:
@@ -136,7 +137,8 @@ def _start_linear(neuron: Neuron, spec: LayerSpec, linear: Branch | None) -> Non
     """Gives each branch its role of `relinear`, so that the neuron is the linear one (ReLinear).
 
     A branch norm takes the part of the kernel: scale 0 makes its branch a constant. That of the
-    carried branch starts with statistics of 0 and 1, so in evaluation it changes nothing.
+    carried branch starts with statistics of 0 and 1, so in evaluation it changes nothing. In
+    training it normalises: that changes nothing more only where a norm follows the layer.
     """
     for name, role in zip(spec.parts.branches, spec.parts.relinear, strict=True):
         branch = neuron.branches[name]
@@ -157,6 +159,9 @@ def _carry(neuron: Neuron, branch: Branch, linear: Branch | None) -> None:
             raise UserError("start='relinear' carries a branch norm on only with norm='branch'")
         branch.norm = linear.norm
     if linear.bias is None:
+        for own in (branch.bias, neuron.bias):  # that the formula has, whatever the layer asks for
+            if own is not None:
+                own[...] = jnp.zeros_like(own[...])
         return
     if branch.bias is not None:
         branch.bias[...] = linear.bias[...]

@@ -16,6 +16,7 @@ from tests.analysis.analyze_test import Net, batch
 
 PICTURES = {
     *("histograms", "term_shares", "product_magnitude", "spectra", "feature_maps"),
+    "kernel_maps",
     "first_and_second_order",
 }
 
@@ -50,7 +51,7 @@ def test_a_linear_net_gets_those_that_it_has_something_for(tmp_path):
     linear = convert(Net(), [dict(match="conv", neuron="linear", norm="none")], nnx.Rngs(0)())
     found = analysis.analyze(linear, *batch())
     written = analysis.plot_analysis(found, tmp_path)
-    assert {path.stem for path in written} == {"histograms", "term_shares", "feature_maps"}
+    assert {path.stem for path in written} == {"histograms", "term_shares", "feature_maps", "kernel_maps"}
 
 
 def test_analysis_json_holds_the_numbers(found, tmp_path):

@@ -115,6 +115,18 @@ def test_relinear_is_bit_equal_where_a_channel_does_not_depend_on_its_neighbours
     np.testing.assert_array_equal(jax.jit(quadratic)(x), jax.jit(layer)(x))
 
 
+@pytest.mark.parametrize("norm", ["none", "branch"])
+@pytest.mark.parametrize("name", ["fan", "cqnn", "cqnn:2"])
+def test_relinear_of_a_layer_without_bias_leaves_none_to_a_neuron_that_has_its_own(name, norm):
+    random = dict(bias_init=nnx.initializers.normal(), rngs=nnx.Rngs(0))
+    layer = Dense(8, 5, use_bias=False, spec=LayerSpec(norm=norm), **random)
+    layer.eval()
+    x = jax.random.normal(KEY, (3, 8))
+    quadratic = convert(layer, [dict(match="", neuron=name, start="relinear")], KEY)
+    quadratic.eval()
+    np.testing.assert_allclose(quadratic(x), layer(x), rtol=1e-5, atol=1e-5)  # sums of 8 terms
+
+
 @pytest.mark.parametrize("name", sorted({*LINEARISABLE} - {"linear"}))
 def test_relinear_is_not_stuck(name):
     """Some weight of a product has a gradient at the start, so that the neuron can bend."""
@@ -279,6 +291,10 @@ def test_own_initialisation_does_not_keep_it(name):
             "a kernel with 4 inputs has rank 4 at most",
         ),
         (
+            lambda: Dense(4, 2, spec=LayerSpec("cqnn:6"), rngs=nnx.Rngs(0)),
+            "a kernel with 4 inputs has rank 5 at most",
+        ),
+        (
             lambda: Conv(512, 512, (3, 3), spec=LayerSpec("t1"), rngs=nnx.Rngs(0)),
             r"have 10,619,136 coefficients each and take 21,747,990,528 bytes, allowed are "
             r"1,073,741,824; give a rank",
@@ -310,6 +326,11 @@ def test_own_initialisation_does_not_keep_it(name):
 def test_bad_input(make, says):
     with pytest.raises(UserError, match=says):
         make()
+
+
+@pytest.mark.parametrize("name", ["t1:4", "cqnn:5"])  # cqnn's form is of the inputs and a 1
+def test_a_form_of_full_rank_is_fine(name):
+    assert Dense(4, 2, spec=LayerSpec(name), rngs=nnx.Rngs(0))(jnp.ones((3, 4))).shape == (3, 2)
 
 
 def test_a_form_of_one_input_a_channel_is_fine():

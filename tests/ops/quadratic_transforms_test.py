@@ -1,5 +1,7 @@
 """Units under JAX's transformations, in bfloat16 and on eight devices; what a backward keeps."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from efficient_nets.ops import linear_maps, quadratic
+from tests.ops.quadratic_test import NAMES, conv
 
 CONV = linear_maps.ConvMap((1, 1), "SAME", (1, 1))
 DENSE_UNIT = quadratic.Unit("ours", linear_maps.DenseMap(), jax.nn.silu)
@@ -143,6 +146,12 @@ def test_hybrid_keeps_x_alone(branch, outer):
     assert products.count((4, 8, 8, 5)) >= (5 if branch and outer else 2)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_hybrid_of_every_neuron_keeps_x_alone(name):
+    case = dataclasses.replace(conv((8, 8), (1, 2), neuron=name, features=8), x_shape=(4, 8, 8, 4))
+    assert _kept_shapes(quadratic.hybrid_unit, case.unit, case.arguments()) == [(4, 8, 8, 4)]
+
+
 # bfloat16
 
 BF16 = 2.0**-8  # relative rounding of 8 significant bits
@@ -181,6 +190,28 @@ def test_bfloat16_hybrid_is_autodiff():
         leaf, other = leaf.astype(jnp.float32), other.astype(jnp.float32)
         atol = 2 * BF16 * max(1.0, float(jnp.max(jnp.abs(other))))
         np.testing.assert_allclose(leaf, other, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_hybrid_of_every_neuron_is_as_near_float32_as_autodiff(name):
+    case = conv((4, 5), (2, 2), neuron=name)
+    x, *parameters = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), case.arguments())
+    x = x.astype(jnp.bfloat16)
+    run = jax.jit(_gradients, static_argnums=(0, 1))
+    wide, _ = run(quadratic.unit, case.unit, (x.astype(jnp.float32), *parameters))
+
+    def outcome(apply):
+        gradients, (y, _) = run(apply, case.unit, (x, *parameters))
+        assert gradients[0].dtype == y.dtype == jnp.bfloat16
+        pairs = zip(jax.tree.leaves(gradients), jax.tree.leaves(wide), strict=True)
+        return y, sum(
+            float(jnp.sum((ours.astype(jnp.float32) - leaf) ** 2)) for ours, leaf in pairs
+        )
+
+    (y, error), (hybrid_y, hybrid_error) = map(outcome, (quadratic.unit, quadratic.hybrid_unit))
+    np.testing.assert_array_equal(y, hybrid_y)
+    # In norm they differ by a third at most: a rounding may fall the other way in either.
+    assert 0 < hybrid_error < 2**2 * error
 
 
 def test_bfloat16_is_near_float32():
@@ -229,3 +260,26 @@ def test_sharded_over_the_batch_is_unsharded(apply, x64):
         (gradients, (y, _)) = sharded
         assert y.sharding.is_equivalent_to(over_batch, y.ndim)
         assert gradients[0].sharding.is_equivalent_to(over_batch, y.ndim)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_neuron_sharded_and_checkpointed_is_itself(name, x64):
+    case = dataclasses.replace(conv((3, 3), (2, 1), neuron=name), x_shape=(8, 3, 3, 4))
+    arguments = case.arguments()
+
+    def again(*arguments):
+        remembering_less = jax.checkpoint(
+            lambda *arguments: quadratic.hybrid_unit(case.unit, *arguments)
+        )
+        return _gradients(lambda _, *args: remembering_less(*args), None, arguments)
+
+    expected = jax.jit(_gradients, static_argnums=(0, 1))(quadratic.unit, case.unit, arguments)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    over_batch = NamedSharding(mesh, PartitionSpec("data"))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    (gradients, (y, statistics)) = jax.jit(again)(
+        jax.device_put(arguments[0], over_batch), *jax.device_put(arguments[1:], everywhere)
+    )
+    _assert_trees_close((gradients, (y, statistics)), expected, rtol=1e-10, atol=1e-12)
+    assert y.sharding.is_equivalent_to(over_batch, y.ndim)
+    assert gradients[0].sharding.is_equivalent_to(over_batch, y.ndim)

@@ -10,10 +10,11 @@ turn within one process and so comparable with each other (median of 21).
 With it, the first stage of QVGG-7 (two 3x3 convolutions to 64 channels, a norm on each branch) and
 a head on 32x32x3 images: temporaries and work of the gradient of the loss by the hybrid backward
 and by autodiff at float32, compiled ahead of time for one TPU v5e core, and the seconds that the
-compiler took. Not the LeNet: the gradient of its linear form at batch 256 was not compiled after
-two minutes, nor the weight gradient of its first convolution alone after 38 s (at batch 32: 8 s;
-the second's: 8 s). With 3x3 kernels on 32x32x3 at batch 256 that of a convolution to 8 channels
-was not done after 40 s, to 16 took 8 s, to 64 took 2 s.
+compiler took. It counts the body of a loop once, so the work of full forms (t1, t1&2, cqnn) is not
+known. Not the LeNet: the compiler is slow where a convolution's kernel gradient has few channels on
+both sides and a large batch. The LeNet's linear form, autodiff, took it 5 minutes, most of them its
+first convolution, for 1 MiB of temporaries. With 3x3 kernels on 32x32 at batch 256, a convolution
+from 3 to 4 channels was not done after two minutes, from 16 to 16 took 6 s, from 3 to 64 took 4 s.
 """
 
 import argparse

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from efficient_nets import models
+from efficient_nets.layers import layers
 from tests.peers import hybrid_memory, neurons
 
 
@@ -25,6 +26,19 @@ def test_a_rival_computes_logits_and_has_the_quadratic_nets_parameters(row):
     assert shapes[row][0].shape == (2, 10)
     counts = [sum(x.size for x in params) for _, params in shapes.values()]
     assert len({*counts}) == 1
+
+
+@pytest.mark.parametrize("backward", ["hybrid", "autodiff"])
+def test_the_net_of_the_table_of_memory_has_the_neuron_in_two_layers(backward):
+    model = nnx.eval_shape(lambda: neurons.first_stage("t4", backward))
+    found = {path: layer.spec for path, layer in layers(model)}
+    assert found.keys() == {"stage1/0/conv", "stage1/1/conv", "head"}
+    assert found.pop("head").neuron == "linear"
+    assert {(spec.neuron, spec.norm, spec.backward) for spec in found.values()} == {
+        ("t4", "branch", backward)
+    }
+    logits = nnx.eval_shape(lambda net, x: net(x), model, jnp.zeros((2, 32, 32, 3)))
+    assert logits.shape == (2, 10)
 
 
 @pytest.mark.slow
