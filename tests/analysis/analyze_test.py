@@ -96,6 +96,12 @@ def test_gradients_are_those_of_training(found):
     weights = np.asarray(net.second.conv.a.kernel[...])
     assert found.layers[1].weights["a"].counts.sum() == weights.size
     assert list(found.layers[1].weights) == ["a", "b", "c"]
+    np.testing.assert_array_equal(found.layers[1].weight_maps["a"], weights[..., 0, :12])
+    np.testing.assert_allclose(
+        found.layers[1].gradient_maps["a"], kernel[..., 0, :12], rtol=1e-3, atol=1e-6
+    )
+    head = np.asarray(net.head.w.kernel[...])
+    np.testing.assert_array_equal(found.layers[-1].weight_maps["w"], head[:64, :12])
 
 
 @pytest.mark.parametrize("block", [Block, Rematted])

@@ -51,7 +51,12 @@ def test_a_linear_net_gets_those_that_it_has_something_for(tmp_path):
     linear = convert(Net(), [dict(match="conv", neuron="linear", norm="none")], nnx.Rngs(0)())
     found = analysis.analyze(linear, *batch())
     written = analysis.plot_analysis(found, tmp_path)
-    assert {path.stem for path in written} == {"histograms", "term_shares", "feature_maps", "kernel_maps"}
+    assert {path.stem for path in written} == {
+        "histograms",
+        "term_shares",
+        "feature_maps",
+        "kernel_maps",
+    }
 
 
 def test_analysis_json_holds_the_numbers(found, tmp_path):
