@@ -12,8 +12,8 @@ from efficient_nets.layers.norm import BatchNorm
 from efficient_nets.layers.spec import LayerSpec
 from efficient_nets.ops import forms
 
-# What the coefficients of one layer's quadratic forms may take: they grow with the square of the
-# inputs. 3x3 kernels on 64 channels, 64 features, take 43 MB; on 512, 512 features, 22 GB.
+# What the coefficients of one layer's quadratic forms may take, and the kernels of forms of low
+# rank: the former grow with the square of the inputs. 3x3 kernels on 64 channels, 64 features, take 43 MB; on 512, 512 features, 22 GB.
 FORM_BYTES = 2**30
 
 # E x^4 / (E x^2)^2 of the inputs that start='variance' is made for.
@@ -91,7 +91,15 @@ def _check_forms(geometry: Geometry, spec: LayerSpec) -> None:
             f"neuron={spec.neuron!r}: the form of a kernel with {inputs} inputs has rank "
             f"{largest} at most"
         )
-    size = forms.pairs(inputs) * features * jnp.dtype(geometry.param_dtype).itemsize
+    item = jnp.dtype(geometry.param_dtype).itemsize
+    factors = len(spec.branches) * inputs * features * item
+    if spec.parts.rank and factors > FORM_BYTES:
+        raise UserError(
+            f"neuron={spec.neuron!r}: {len(spec.branches)} kernels of {inputs} inputs and "
+            f"{features} features take {factors:,} bytes, allowed are {FORM_BYTES:,}; give a lower "
+            "rank"
+        )
+    size = forms.pairs(inputs) * features * item
     if "form" in spec.parts.reads and size > FORM_BYTES:
         raise UserError(
             f"neuron={spec.neuron!r}: {features} forms of {inputs} inputs have "

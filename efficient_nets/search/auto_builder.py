@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 from efficient_nets import config as configs
 from efficient_nets import data, evaluation, experiment, names, reporting, workdirs
-from efficient_nets.errors import UserError
+from efficient_nets.errors import TrainingDiverged, UserError
 from efficient_nets.search import builder_report, config_file, importance, reduction
 
 BUDGETS = {
@@ -55,6 +55,7 @@ def build(config: ConfigDict, workdir: pathlib.Path, train: Train) -> dict[str, 
     Raises:
       UserError: on a config that does not fit, a budget that no removal reaches, or a first net
         below the accuracy floor.
+      TrainingDiverged: if the first net does; a later round that does ends the loop.
     """
     configs.check(config)
     _check(config)
@@ -73,7 +74,14 @@ def build(config: ConfigDict, workdir: pathlib.Path, train: Train) -> dict[str, 
         removed += chosen
         net = _Round(config, workdir, number, removed)
         if number == len(rounds):
-            result = train(net.config, net.folder)
+            try:
+                result = train(net.config, net.folder)
+            except TrainingDiverged as error:
+                if not number:
+                    raise
+                _print(f"Round {number} diverged ({error}): round {number - 1} is the answer.")
+                stopped = "diverged"
+                break
             rounds.append(_record(net, chosen, result))
             _save(workdir, progress)
         left = [layer for layer in candidates if layer not in removed]

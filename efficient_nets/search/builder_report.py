@@ -9,6 +9,7 @@ from efficient_nets import reporting
 STOPPED = {
     "budget": "the budget is met",
     "floor": "the last round fell below the accuracy floor, so the one before is the answer",
+    "diverged": "training the next net diverged",
     "candidates": "no layer is left that may go, and the budget is not met",
 }
 UNITS = {"params": "parameters", "macs": "MACs", "seconds": "seconds of a forward batch"}
@@ -115,7 +116,8 @@ def plot(report: dict[str, Any], path: pathlib.Path) -> None:
         for axis in panels[len(scored) :]:
             axis.set_visible(False)
         for axis, record in zip(panels, scored, strict=False):
-            removed = report["rounds"][record["round"] + 1]["removed"]
+            after = report["rounds"][record["round"] + 1 :]  # none, where that diverged
+            removed = after[0]["removed"] if after else []
             _draw_importance(axis, record, layers, removed)
     figure.savefig(path)
 

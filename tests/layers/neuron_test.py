@@ -300,6 +300,10 @@ def test_own_initialisation_does_not_keep_it(name):
             r"1,073,741,824; give a rank",
         ),
         (
+            lambda: Conv(512, 512, (3, 3), spec=LayerSpec("t1:64"), rngs=nnx.Rngs(0)),
+            r"'t1:64': 129 kernels of 4608 inputs and 512 features take 1,217,396,736 bytes, .*lower",
+        ),
+        (
             lambda: Dense(
                 4, 2, use_bias=False, spec=LayerSpec("t4", start="relinear"), rngs=nnx.Rngs(0)
             ),

@@ -9,6 +9,7 @@ import pytest
 
 from efficient_nets import config as configs
 from efficient_nets import train as training
+from efficient_nets.errors import TrainingDiverged
 from efficient_nets.search import auto_builder, builder_report, reduction
 from tests.search.conftest import tiny_config
 
@@ -176,6 +177,8 @@ def fake(config, tmp_path, monkeypatch):
         def train(config, workdir):
             cost = reduction.cost(config)
             accuracy = accuracies[int(workdir.name.removeprefix("round_"))]
+            if accuracy is None:
+                raise TrainingDiverged("the loss is not finite")
             costs = dict(params=cost["params"], macs=cost["macs"], seconds=1.0)
             return costs | {"validation/accuracy": accuracy, "params_digest": ""}
 
@@ -199,6 +202,18 @@ def test_below_the_floor_the_round_before_is_the_answer(fake, tmp_path):
     built = runpy.run_path(str(tmp_path / "built_config.py"))["get_config"]()
     assert [rule["match"] for rule in built.layers] == ["^conv1$", "conv"]
     assert "fell below the accuracy floor" in (tmp_path / "report.txt").read_text()
+
+
+def test_a_round_that_diverges_ends_the_loop(fake, tmp_path):
+    report = fake([0.9, 0.8, None], RI)
+    assert (report["stopped"], report["answer"], report["removed"]) == ("diverged", 1, ["conv1"])
+    assert "training the next net diverged" in (tmp_path / "report.txt").read_text()
+    assert (tmp_path / "plots" / "auto_builder.png").exists()
+
+
+def test_a_first_net_that_diverges_is_an_error(fake):
+    with pytest.raises(TrainingDiverged):
+        fake([None], RI)
 
 
 def test_a_first_net_below_the_floor_is_an_error(fake):
