@@ -13,7 +13,8 @@ from efficient_nets.layers.spec import LayerSpec
 from efficient_nets.ops import forms
 
 # What the coefficients of one layer's quadratic forms may take, and the kernels of forms of low
-# rank: the former grow with the square of the inputs. 3x3 kernels on 64 channels, 64 features, take 43 MB; on 512, 512 features, 22 GB.
+# rank: the former grow with the square of the inputs. 3x3 kernels on 64 channels, 64 features, take
+# 43 MB; on 512, 512 features, 22 GB.
 FORM_BYTES = 2**30
 
 # E x^4 / (E x^2)^2 of the inputs that start='variance' is made for.

@@ -301,7 +301,7 @@ def test_own_initialisation_does_not_keep_it(name):
         ),
         (
             lambda: Conv(512, 512, (3, 3), spec=LayerSpec("t1:64"), rngs=nnx.Rngs(0)),
-            r"'t1:64': 129 kernels of 4608 inputs and 512 features take 1,217,396,736 bytes, .*lower",
+            r"129 kernels of 4608 inputs and 512 features take 1,217,396,736 bytes, .*lower",
         ),
         (
             lambda: Dense(
