@@ -87,7 +87,9 @@ def layer_costs(model: nnx.Module, image_shape: Sequence[int]) -> list[LayerCost
 
 
 def model_cost(model: nnx.Module, image_shape: Sequence[int]) -> dict[str, Any]:
-    """Of all parameters, norms included, `params`, `bytes`, `packed_bytes`; of the layers `macs`,
+    """Costs of a whole net; arithmetic outside of Dense and Conv is not counted.
+
+    Of all parameters, norms included, `params`, `bytes`, `packed_bytes`; of the layers `macs`,
     `bops` and `layers`.
     """
     costs = layer_costs(model, image_shape)

@@ -127,8 +127,8 @@ class ConvMap:
         slices = []
         for position in np.ndindex(*self.kernel_size):
             starts = [i * d for i, d in zip(position, self.dilation, strict=True)]
-            stops = [
-                size - extent + start + 1
+            stops = [  # no window fits where the input is smaller
+                max(size - extent + 1, 0) + start
                 for size, extent, start in zip(x.shape[1:-2], extents, starts, strict=True)
             ]
             window = map(slice, starts, stops, self.strides)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from efficient_nets import models
+from efficient_nets import analysis, models
 from efficient_nets.errors import UserError
 from tests.models import reference
 
@@ -99,13 +99,16 @@ def test_logits_are_of_the_degree_in_the_image(name, options, degree, x64):
     assert np.abs(np.diff(logits, degree, axis=0)).min() > 100 * rounding
 
 
-def count(name, **options):
-    model = nnx.eval_shape(
+def shapes(name, **options):
+    return nnx.eval_shape(
         lambda: models.create(
             name, image_shape=(32, 32, 3), num_classes=10, rngs=nnx.Rngs(0), **options
         )
     )
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def count(name, **options):
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(shapes(name, **options), nnx.Param)))
 
 
 @pytest.mark.parametrize("degree", [1, 4])
@@ -116,6 +119,9 @@ def test_pinet_counts_its_factors(degree):
     assert count("pinet", degree=degree, hidden=2 * k, width=0.5) == expected
     nested = expected + degree * k + (degree - 1) * k**2
     assert count("pinet", form="ncp", degree=degree, hidden=k) == nested
+    # Of the maps: products of hidden values are no layer's.
+    cost = analysis.model_cost(shapes("pinet", degree=degree, hidden=k), (32, 32, 3))
+    assert cost["macs"] == degree * d * k + k * classes
 
 
 @pytest.mark.parametrize("blocks", [(2, 2, 2, 2), (1, 3)])

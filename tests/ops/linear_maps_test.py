@@ -82,3 +82,11 @@ def test_maps_are_hashable_and_equal_by_value():
     assert one == linear_maps.ConvMap((1, 1), "SAME", (1, 1), groups=1)
     assert one != linear_maps.ConvMap((1, 1), "SAME", (1, 1), groups=2)
     assert linear_maps.DenseMap() == linear_maps.DenseMap()
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_an_input_below_the_window_has_no_windows(size):
+    conv = linear_maps.ConvMap((1,), "VALID", (2,), kernel_size=(3,))  # of extent 5
+    x = jnp.ones((1, size, 2))
+    assert conv(x, [jnp.ones((3, 2, 4))]).shape == (1, 0, 4)
+    assert conv.windows(x).shape == (1, 0, 1, 6)
