@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jax import Array
@@ -84,8 +83,10 @@ class Method:
     observe: Callable[["Quantizer", Array, Values], dict] | None = None
     fit: Callable[["Quantizer", Array, Array], tuple[dict, dict]] | None = None
     output_scale: Callable | None = None
-    options: Mapping[str, Any] = MappingProxyType({})
-    allowed: Mapping[str, tuple[str, Callable[[Any], bool]]] = MappingProxyType({})
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    allowed: Mapping[str, tuple[str, Callable[[Any], bool]]] = dataclasses.field(
+        default_factory=dict
+    )
     takes: tuple[str, ...] = ()
     gradients: tuple[str, ...] = ("identity",)
     grouped: bool = False
