@@ -48,7 +48,7 @@ RUNS = {
     ),
     "analysis.ipynb": (
         {"EPOCHS": 0.5, "WORKDIR": "runs/looked_into"},
-        "assert len(displayed) == 9  # six of the net, and three over training\n"
+        "assert len(displayed) == 10  # seven of the net, and three over training\n"
         "assert [layer.neuron for layer in own.layers] == ['t1:2', 'linear']",
         "stage1/0/conv1: n = 144",
         "runs/looked_into/analysis.json",
