@@ -13,6 +13,8 @@ from efficient_nets.experiment import Experiment, TrainState
 def calibrated_start(run: Experiment, state: TrainState, *, trained: bool) -> TrainState:
     """The state with `config.calibration` applied, if anything is rounded.
 
+    Ranges that another run brought are made anew too: its steps are those of its own bits.
+
     Args:
       run: The experiment.
       state: Before its first step.
@@ -22,7 +24,9 @@ def calibrated_start(run: Experiment, state: TrainState, *, trained: bool) -> Tr
     model = nnx.merge(run.graph, *run.abstract[2:4])
     if not config.batch_size or not any(True for _ in layers.ranges(model)):
         return state
-    size = sharding.round_up(min(config.batch_size, len(run.dataset.train)), run.mesh)
+    batch_size = run.config.train.batch_size  # which the devices divide
+    most = len(run.dataset.train) // batch_size * batch_size
+    size = min(sharding.round_up(config.batch_size, run.mesh), most)
     rows = sharding.process_rows(size)
     with contextlib.closing(
         data.train_batches(run.dataset.train, size, seed=run.config.seed, rows=rows)

@@ -152,7 +152,9 @@ def defaults() -> ConfigDict:
     )
     config.calibration = ConfigDict(  # where the ranges of quantizers start, before step 0
         dict(
-            batch_size=256,  # training images that the net in float is shown; 0: no calibration
+            # Training images that the net in float is shown; 0: none, and what checkpoint.init_from
+            # or convert_from brings stays.
+            batch_size=256,
             how="own",  # own: as each paper starts; minmax, percentile, mse, entropy
         )
     )

@@ -60,6 +60,8 @@ def quantized(
         others = f"(?!{ENDS}){others}"
     rules = [dict(match=f"^{others}" if others else "", precision=precision)]
     if first_last == "8bit":
+        if not isinstance(precision, str):
+            raise UserError("first_last='8bit': give precision in its short form")
         rules += [
             dict(match=ENDS.replace("|head", ""), precision=_eight_bits(precision, image=True)),
             dict(match="^head$", precision=_eight_bits(precision, image=False)),

@@ -200,10 +200,10 @@ def train_step(run: Experiment, state: TrainState, batch: dict, resident: dict |
         info=run.dataset.info,
     )
 
-    before, stats = _advanced(run, state)
+    state = _advanced(run, state)
 
     def loss_fn(params):
-        model = nnx.merge(run.graph, params, stats)
+        model = nnx.merge(run.graph, params, state.stats)
         model.train()
         with layers.collecting("losses") as losses:
             logits, peaks = (
@@ -215,9 +215,9 @@ def train_step(run: Experiment, state: TrainState, batch: dict, resident: dict |
             loss = loss + metrics["quantization_loss"]
         return loss, (_stats(model), metrics | peaks)
 
-    gradient, (stats, metrics) = jax.grad(loss_fn, has_aux=True)(before)
-    updates, optimizer = run.optimizer.update(gradient, state.optimizer, before)
-    params = optax.apply_updates(before, updates)
+    gradient, (stats, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
+    updates, optimizer = run.optimizer.update(gradient, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
     accumulate = run.config.optimizer.accumulate
     metrics["gradient_norm"] = optax.tree.norm(gradient)
     metrics["parameter_norm"] = optax.tree.norm(params)
@@ -232,14 +232,21 @@ def train_step(run: Experiment, state: TrainState, batch: dict, resident: dict |
     ), metrics
 
 
-def _advanced(run: Experiment, state: TrainState):
-    """Parameters and statistics with the quantizers where their schedules are at this step."""
-    model = nnx.merge(run.graph, state.params, state.stats)
-    scheduled = [found for _, found in layers.ranges(model) if found.quantizer.scheduled]
-    if not scheduled:
-        return state.params, state.stats
-    layers.advance(scheduled, state.step.astype(jnp.float32) / run.epoch_steps)
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param)), _stats(model)
+def _advanced(run: Experiment, state: TrainState) -> TrainState:
+    """The state with the quantizers, the averaged net's too, where their schedules are now."""
+    epoch = state.step.astype(jnp.float32) / run.epoch_steps
+
+    def advanced(params, stats):
+        model = nnx.merge(run.graph, params, stats)
+        scheduled = [found for _, found in layers.ranges(model) if found.quantizer.scheduled]
+        if not scheduled:
+            return {"params": params, "stats": stats}
+        layers.advance(scheduled, epoch)
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        return {"params": params, "stats": _stats(model)}
+
+    ema = advanced(**state.ema) if state.ema else state.ema
+    return state._replace(**advanced(state.params, state.stats), ema=ema)
 
 
 def _watched(model: nnx.Module, images):

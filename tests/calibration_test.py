@@ -71,6 +71,25 @@ def test_a_step_follows_the_schedules_and_adds_the_losses(run, started):
     assert phases == {0: (0, 0), 1: (1, 0), 2: (1, 1)}
 
 
+def test_the_averaged_net_follows_the_schedules_too(run, started):
+    config = run.config.copy_and_resolve_references()
+    config.train.ema = 0.999
+    averaged = experiment.build(config, run.dataset)
+    ema = {"params": started.params, "stats": started.stats}
+    at = jnp.asarray(2 * run.epoch_steps, jnp.int32)
+    state = started._replace(ema=ema, step=at)
+    batch = next(data.train_batches(run.dataset.train, 32, seed=0))
+    step = jax.jit(functools.partial(training.train_step, averaged))
+    state, _ = step(state, batch, evaluation.put_resident(run, "train"))
+    ranges = [
+        nnx.merge(run.graph, net["params"], net["stats"]).stage1[0].conv1.ranges["input"]
+        for net in (state.net, {"params": state.params, "stats": state.stats})
+    ]
+    assert [int(found.stage[...]) for found in ranges] == [1, 1]
+    # Steps of the new levels, five times as wide: an average over 1,000 steps would be the old one.
+    np.testing.assert_allclose(ranges[0].step[...], ranges[1].step[...], rtol=0.1)
+
+
 def test_nothing_is_calibrated_where_nothing_is_rounded_or_asked_for(run):
     config = run.config.copy_and_resolve_references()
     config.calibration.batch_size = 0

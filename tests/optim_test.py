@@ -118,6 +118,19 @@ def test_rules_set_rate_and_decay_by_path_each_field_by_the_first_rule_that_has_
     np.testing.assert_allclose(params["bias"], 2 - 0.5, rtol=1e-6)
 
 
+def test_of_the_ranges_pacts_alpha_alone_decays():
+    ones = {"alpha": jnp.ones(1), "step": jnp.ones(1), "slopes": jnp.ones((1, 3))}
+    params = {"conv": {"ranges": {"input": ones, "w": ones}, "w": {"kernel": jnp.ones(2)}}}
+    section = configs.defaults().optimizer
+    section.update(learning_rate=1.0, weight_decay=0.5, momentum=0.0)
+    transform = optim.optimizer(section, optax.constant_schedule(1.0), params)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = transform.update(zeros, transform.init(params), params)
+    found = updates["conv"]["ranges"]
+    assert found["input"]["alpha"] == -0.5 and found["w"]["alpha"] == -0.5
+    assert not any(jnp.any(found[site][x]) for site in found for x in ("step", "slopes"))
+
+
 def test_a_bound_holds_what_an_update_would_take_beyond_it():
     rules = (dict(match="kernel", bound=1.75),)
     params = updated(rules=rules, momentum=0.0, gradient=jax.tree.map(lambda x: -x, ONES))

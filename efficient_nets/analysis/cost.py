@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from clu import parameter_overview
 from flax import nnx
 
-from efficient_nets.layers import Layer, watched
+from efficient_nets.layers import Codes, Layer, watched
 from efficient_nets.ops import forms
 
 
@@ -121,7 +121,10 @@ def _layer_cost(path: str, layer: Layer, input_shape, output_shape) -> LayerCost
         8 * item if quantizer is None else quantizer.bits
         for quantizer in (spec.precision.kernel, spec.precision.input)
     )
-    packed = size - sum(math.prod(s) * item - -(-math.prod(s) * bits // 8) for s in kernels)
+    packed = size
+    for branch in layer.branches:
+        kernel = branch.kernel[...]
+        packed -= kernel.size * kernel.dtype.itemsize - -(-kernel.size * bits // 8)
     return LayerCost(
         name=path,
         kind=type(layer).__name__,
@@ -145,6 +148,6 @@ def _layer_cost(path: str, layer: Layer, input_shape, output_shape) -> LayerCost
 
 def _parameters(module: nnx.Module) -> tuple[int, int]:
     """Number of a module's parameters, and the bytes they take."""
-    params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+    params = nnx.to_pure_dict(nnx.state(module, nnx.Any(nnx.Param, Codes)))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     return int(parameter_overview.count_parameters(params)), size

@@ -11,10 +11,6 @@ from efficient_nets.ops.precision import Precision
 from efficient_nets.ops.quantizers import Quantizer
 
 
-class Codes(nnx.Variable):
-    """A kernel of whole numbers. It is not trained."""
-
-
 def to_integers(model: nnx.Module, *, settle: bool = False) -> nnx.Module:
     """A copy in evaluation mode whose rounded kernels are whole numbers.
 
@@ -60,7 +56,7 @@ def _store(layer: layers.Layer) -> Quantizer | None:
             branch.kernel = nnx.Param(quantizers.value(rounded))
             continue
         dtype = jnp.int16 if quantizers.has_wide_codes(quantizer) else jnp.int8
-        branch.kernel = Codes(rounded.codes.astype(dtype))
+        branch.kernel = layers.Codes(rounded.codes.astype(dtype))
         stored, arrays = quantizers.stored(quantizer, arrays, rounded)
         found.quantizer = stored
         found.set(arrays)

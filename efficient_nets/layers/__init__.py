@@ -16,12 +16,13 @@ from efficient_nets.layers.norm import (
     LayerNorm,
 )
 from efficient_nets.layers.observe import watched
-from efficient_nets.layers.precision import Range, advance
+from efficient_nets.layers.precision import Codes, Range, advance
 from efficient_nets.layers.rules import convert, layers, ranges, set_compute_dtype
 from efficient_nets.layers.spec import LayerSpec
 
 __all__ = [
     "BatchNorm",
+    "Codes",
     "Conv",
     "Dense",
     "FrozenBatchNorm",

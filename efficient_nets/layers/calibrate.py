@@ -1,7 +1,10 @@
 """Ranges of inputs and outputs, from what the net in float does with a batch."""
 
 import dataclasses
+import functools
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from efficient_nets.layers import linear, observe, rules
@@ -47,6 +50,10 @@ def calibrate(model: nnx.Module, *inputs, how: str = "own") -> nnx.Module:
             if name in found.get(path, {}):
                 range_.set(found[path][name])
             elif name in layer.spec.branches:
-                kernel = getattr(layer, name).kernel[...]
-                range_.set(quantizers.calibrate(range_.quantizer, kernel, how))
+                kernel, before = getattr(layer, name).kernel[...], range_.arrays()
+                fitted = quantizers.calibrate(range_.quantizer, kernel, how)
+                # ReLinear starts some kernels at 0, which say nothing of a range.
+                anything = jnp.any(kernel != 0)
+                choose = functools.partial(jnp.where, anything)
+                range_.set(jax.tree.map(choose, fitted, before))
     return model

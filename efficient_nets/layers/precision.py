@@ -15,6 +15,10 @@ from efficient_nets.ops.precision import Precision
 from efficient_nets.ops.quantizers import Arrays, Quantizer
 
 
+class Codes(nnx.Variable):
+    """A kernel of whole numbers, see `deploy.to_integers`. It is not trained."""
+
+
 class Observed(nnx.Variable):
     """What a quantizer observes; moved in training only, and not by gradients."""
 

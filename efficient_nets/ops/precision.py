@@ -52,6 +52,8 @@ class Precision:
             text = found.pop() + ":" + "".join(map("".join, shown.items()))
         else:
             text = ",".join(f"{x}={q.method}:{shown[x]}" for x, q in sites.items())
+        if "stored" in {quantizer.method for quantizer in sites.values()}:
+            return text  # of a net for use: no config can ask for it
         return text if parse(text) == self else f"{text}..."
 
     @property
@@ -98,15 +100,15 @@ def _short_form(text: str) -> dict[str, dict]:
         if len(dict(found)) < len(found):
             raise UserError(f"precision={text!r}: a site is given twice")
         return dict(found)
-    method, _, sites = text.partition(":")
+    method, colon, sites = text.partition(":")
     table = names.pick("precision", method, {"float": {}} | quantizers.METHODS)
-    if not sites:
+    if not colon:
         able = [site for site, entry in table.items() if entry.default]
         if not able:
             raise UserError(f"precision={text!r}: give bits, as in '{method}:w4a4'")
         return {site: {"method": method} for site in able if site != "output"}
     found = re.findall(r"([a-z])(\d+L?)", sites)
-    if "".join(map("".join, found)) != sites or not set(dict(found)) <= set(LETTERS):
+    if not found or "".join(map("".join, found)) != sites or not set(dict(found)) <= set(LETTERS):
         raise UserError(
             f"precision={text!r}: after the colon give letters of w, a, o, g, each with bits, or "
             "with levels and an L, as in 'w4a4' or 'w3La8'"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from efficient_nets import deploy, layers, models
+from efficient_nets import analysis, deploy, layers, models
 from efficient_nets.layers import BatchNorm, Conv, Dense, LayerSpec
 
 EXACT = {
@@ -37,6 +37,14 @@ def in_use(layer, x):
     return layer
 
 
+def operands(layer, x):
+    """Types of what the layer's convolution by its kernel takes."""
+    equations = jax.make_jaxpr(lambda x: layer(x))(x).eqns
+    size = layer.w.kernel.shape
+    convolutions = [eqn.invars for eqn in equations if eqn.primitive.name == "conv_general_dilated"]
+    return {x.aval.dtype for pair in convolutions if pair[1].aval.shape == size for x in pair}
+
+
 @pytest.mark.parametrize("precision", EXACT.values(), ids=EXACT)
 @pytest.mark.parametrize(
     "make",
@@ -54,8 +62,9 @@ def test_integers_give_the_same_bits(precision, make):
     found = deploy.to_integers(layer)
     assert jnp.issubdtype(found.w.kernel.dtype, jnp.integer)
     np.testing.assert_array_equal(found(x), layer(x))
-    jaxpr = str(jax.make_jaxpr(lambda x: found(x))(x))
-    assert "preferred_element_type=int32" in jaxpr or "dtype=int32" in jaxpr or ":i32" in jaxpr
+    wide = "minmax" in str(layer.spec.precision) or precision == "dorefa:w8a8"
+    assert operands(found, x) == {jnp.dtype(jnp.int32 if wide else jnp.int8)}
+    assert operands(layer, x) == {jnp.dtype(jnp.float32)}
 
 
 @pytest.mark.parametrize("bits", [3, 8])
@@ -111,3 +120,13 @@ def test_norms_and_activation_stay_fused():
     expected = layers.layer_norm_act(x, layer, norm, nnx.relu)
     found = layers.layer_norm_act(x, deploy.to_integers(layer), norm, nnx.relu)
     np.testing.assert_array_equal(found, expected)
+
+
+def test_its_layer_table_says_what_is_stored():
+    layer = Conv(4, 6, (3, 3), spec=LayerSpec(precision="lsq:w3a4"), rngs=nnx.Rngs(0))
+    cost = analysis.model_cost(deploy.to_integers(layer), (6, 6, 4))
+    (one,) = cost["layers"]
+    assert (one.bits, one.input_bits, one.precision) == (3, 4, "w=stored:3,a=lsq:4")
+    count = 3 * 3 * 4 * 6
+    assert cost["bytes"] == count + 4 * (6 + 1)  # int8; the biases, and the input's step
+    assert cost["packed_bytes"] == count * 3 // 8 + 4 * (6 + 1)

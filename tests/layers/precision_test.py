@@ -133,6 +133,8 @@ def test_a_branch_that_starts_at_zero_has_a_step():
     layer = Dense(5, 4, spec=spec, rngs=nnx.Rngs(0))
     steps = [float(layer.ranges[name].step[0]) for name in "abc"]
     assert min(steps) > 0.01 and max(steps) < 1
+    found = layers.calibrate(layer, jnp.ones((2, 5)), how="own")
+    assert [float(found.ranges[name].step[0]) for name in "abc"] == steps
 
 
 class _Net(nnx.Module):

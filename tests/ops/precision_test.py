@@ -90,7 +90,7 @@ def test_texts_are_read_back(method):
             assert precision.parse(str(made)) == made
             assert not str(made).endswith("...")
             if site != "gradient":
-                more = precision.parse({site: dict(method=method, levels=levels, loss=1.0)})
+                more = precision.parse({site: dict(method=method, levels=levels, post_scale=True)})
                 assert str(more) == f"{made}..."
 
 
@@ -178,6 +178,9 @@ INPUT = dict(site="input", method="lsq", bits=4)
         (KERNEL | dict(zero_point=True), ".zero_point: 'lsq' does not heed it"),
         (INPUT | dict(normalise="standard"), ".normalise: 'lsq' does not heed it"),
         (INPUT | dict(axis="in"), ".axis: 'lsq' does not heed it"),
+        (KERNEL | dict(axis="in"), ".axis='in': with per='layer'"),
+        (dict(site="output", method="lsq", bits=2, loss=1.0), ".loss: 'lsq' does not heed it"),
+        (INPUT | dict(loss_norm="l1"), ".loss_norm='l1': it takes a loss above 0"),
         (dict(site="kernel", method="sign", per="channel"), ".per: 'sign' does not heed it"),
         (dict(site="kernel", method="sign", freeze_epoch=1.0), ".freeze_epoch: 'sign' does not"),
         (dict(site="kernel", method="kbit", bits=2, stages=()), ".stages: 'kbit' does not heed"),
@@ -194,7 +197,7 @@ INPUT = dict(site="input", method="lsq", bits=4)
         (KERNEL | dict(normalise="mean"), ".normalise='mean' is not known: allowed none, restored"),
         (KERNEL | dict(axis="both"), ".axis='both' is not known: allowed in, out"),
         (INPUT | dict(pad="never"), ".pad='never' is not known: allowed after, before"),
-        (KERNEL | dict(loss_norm="l3"), ".loss_norm='l3' is not known: allowed l1, l2"),
+        (KERNEL | dict(loss=1.0, loss_norm="l3"), ".loss_norm='l3' is not known: allowed l1, l2"),
         (KERNEL | dict(method="dorefa", signed=False), ".signed=False: 'dorefa' has no such form"),
         (KERNEL | dict(signed=None), ".signed=None: allowed True, False"),
         (KERNEL | dict(power_of_two="no"), ".power_of_two='no': allowed True, False"),

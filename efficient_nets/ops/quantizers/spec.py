@@ -193,6 +193,8 @@ def quantizer(
             raise UserError(f"{here}.{field}: {name!r} does not heed it at this site")
     names.check_fields(here, fields, ["bits", *allowed, *method.options])
     levels = _levels(here, name, method, fields)
+    if "loss_norm" in fields and not fields.get("loss"):
+        raise UserError(f"{here}.loss_norm={fields['loss_norm']!r}: it takes a loss above 0")
     options = {key: _option(here, method, fields, key) for key in method.options}
     own = dict(signed=method.signed, per=method.per, gradient=method.gradients[0])
     stages = _stages(here, fields.pop("stages", ()))
@@ -207,8 +209,8 @@ def _fields(site: str, method: Method, post_scale: bool) -> list[str]:
     """Fields of `Quantizer` that have an effect for this method at this site."""
     if site == "gradient":
         return ["levels"]
-    allowed = ["levels", "signed", "gradient", "loss", "loss_norm", "float_epochs", "post_scale"]
-    allowed += method.takes
+    allowed = ["levels", "signed", "gradient", "float_epochs", "post_scale", *method.takes]
+    allowed += ["loss", "loss_norm"] if site in ("input", "kernel") else []
     allowed += {"kernel": ["normalise"], "input": ["pad"]}.get(site, [])
     if method.grouped or post_scale:
         allowed += ["per", "axis"] if site == "kernel" else ["per"]
@@ -305,6 +307,8 @@ def _check(here: str, made: Quantizer, method: Method) -> None:
     names.pick(f"{here}.step_gradient", made.step_gradient, STEP_GRADIENTS)
     names.pick(f"{here}.normalise", made.normalise, NORMALISATIONS)
     names.pick(f"{here}.axis", made.axis, {"out": None, "in": None})
+    if made.axis == "in" and made.per == "layer":
+        raise UserError(f"{here}.axis='in': with per='layer' there is nothing to choose")
     names.pick(f"{here}.pad", made.pad, {"after": None, "before": None})
     names.pick(f"{here}.loss_norm", made.loss_norm, {"l1": None, "l2": None})
     if made.signed != method.signed and not method.both_signs:
