@@ -314,7 +314,8 @@ def _apply_unit(x: Array, layer: Layer, norm, activation) -> Array:
 
 def _after_rounding(x: Array, layer: Layer, moved) -> None:
     """Keeps what the quantizers observed; adds their losses where these are collected."""
-    precisions.update(layer.ranges, layer.spec.branches, moved)
+    if layer.observes:
+        precisions.update(layer.ranges, layer.spec.branches, moved)
     if wanted("losses"):
         branches = dict(zip(layer.spec.branches, layer.branches, strict=True))
         for loss in precisions.losses(layer.ranges, x, branches):

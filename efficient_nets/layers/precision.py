@@ -56,8 +56,6 @@ class Range(nnx.Module):
 
     def update(self, arrays: Arrays) -> None:
         """Takes the observed arrays as a training step moved them."""
-        if self.use_running_average:
-            return
         for name in self.observed:
             getattr(self, name)[...] = arrays.observed[name]
 

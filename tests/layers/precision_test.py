@@ -1,5 +1,7 @@
 """Rounded layers: both backwards alike, whole numbers exact, ranges that move when they should."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from jax import lax
 from efficient_nets import layers
 from efficient_nets.errors import UserError
 from efficient_nets.layers import BatchNorm, Conv, Dense, LayerSpec, layer_norm_act
+from efficient_nets.ops import quantizers
 
 PRECISIONS = {
     "lsq": "lsq:w4a4",
@@ -74,6 +77,40 @@ def test_hybrid_equals_autodiff(x64, precision, neuron, branch, outer):
         found.append(gradients(layer, norm, normal(3, 4, 5, 4, dtype=np.float64)))
     # Batch norms are in float32 here, whatever comes before them; sums of some hundred terms.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), *found)
+
+
+@pytest.mark.parametrize("precision", ["lsq:w4a4", "dorefa:w2a2", "bireal", "w=twn,a=pact:3"])
+def test_the_gradient_is_that_of_the_map_of_rounded_values(precision):
+    """The value comes from codes, and the gradient must not go with them; hybrid equals this."""
+    layer = Conv(
+        3,
+        4,
+        (3, 3),
+        use_bias=False,
+        spec=LayerSpec(precision=precision),
+        rngs=nnx.Rngs(0),
+    )
+    layer.eval()
+    kernel, x = layer.w.kernel[...], normal(2, 5, 5, 3)
+    cotangent, spec = normal(2, 5, 5, 4, seed=1), layer.spec.precision
+    found, dx, _ = gradients(layer, None, x)
+
+    def plain(x, kernel, of_x, of_kernel):
+        x = quantizers.quantize(spec.input, x, quantizers.Arrays(of_x, {}))
+        kernel = quantizers.quantize(spec.kernel, kernel, quantizers.Arrays(of_kernel, {}))
+        y = lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jnp.sum(jnp.tanh(y) * normal(*cotangent.shape, seed=3))
+
+    learned = [layer.ranges[name].arrays().learned for name in ("input", "w")]
+    expected = jax.grad(plain, (0, 1, 2, 3))(x, kernel, *learned)
+    assert jnp.any(expected[0]) and jnp.any(expected[1])
+    ranges = found[0].get("ranges", {})
+    ours = (dx, found[0]["w"]["kernel"], ranges.get("input", {}), ranges.get("w", {}))
+    # float32 sums of up to some hundred terms.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    jax.tree.map(close, ours, expected)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
