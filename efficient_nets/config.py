@@ -23,6 +23,7 @@ from efficient_nets.errors import UserError
 from efficient_nets.layers import rules
 from efficient_nets.ops.quantizers import CALIBRATIONS
 
+PRETRAINED = "pretrain"  # teacher.checkpoint: the net in float of config.pretrain
 # A run may be resumed with other values here: they do not change what is computed.
 FREE_SECTIONS = ("log", "sharding")
 NOT_NUMERIC = (
@@ -43,7 +44,7 @@ BOUNDS = {
         (
             *("train.epochs", "train.batch_size", "evaluate.batch_size", "evaluate.every_epochs"),
             *("checkpoint.every_epochs", "log.every_steps", "optimizer.learning_rate"),
-            "optimizer.epsilon",
+            *("optimizer.epsilon", "pretrain.learning_rate", "teacher.temperature"),
         ),
     ),
     "at least 1": (lambda x: x >= 1, ("checkpoint.keep", "optimizer.accumulate")),
@@ -51,10 +52,11 @@ BOUNDS = {
         lambda x: x >= 0,
         (
             *("seed", "train.steps_per_dispatch", "optimizer.clip_norm", "optimizer.weight_decay"),
-            "calibration.batch_size",
+            *("calibration.batch_size", "pretrain.epochs"),
             *("schedule.warmup_epochs", "schedule.end_value", "log.histograms_every_epochs"),
         ),
     ),
+    "above 0 and at most 1": (lambda x: 0 < x <= 1, ("teacher.weight",)),
     "at least 0 and below 1": (
         lambda x: 0 <= x < 1,
         (
@@ -158,6 +160,19 @@ def defaults() -> ConfigDict:
             how="own",  # own: as each paper starts; minmax, percentile, mse, entropy
         )
     )
+    config.pretrain = ConfigDict(  # a run of the same net in float first
+        dict(
+            epochs=0.0,  # 0: none; else this run starts from its weights
+            learning_rate=0.1,
+        )
+    )
+    config.teacher = ConfigDict(  # a trained net whose outputs are learnt beside the labels
+        dict(
+            checkpoint="",  # its workdir; pretrain: the net in float of `pretrain`; "": no teacher
+            weight=0.5,  # of its part of the loss; the labels have the rest
+            temperature=4.0,
+        )
+    )
     config.builder = ConfigDict(  # search.auto_builder: removes layers until a budget is met
         dict(
             budget="",  # what is cut: params, macs, or seconds of a forward batch; "": no builder
@@ -202,8 +217,19 @@ def check(config: ConfigDict) -> None:
                 raise UserError(f"{field}={fields[field]}: must be {allowed} and finite")
     names.local_folder("checkpoint.init_from", config.checkpoint.init_from)
     names.local_folder("checkpoint.convert_from", config.checkpoint.convert_from)
-    if config.checkpoint.init_from and config.checkpoint.convert_from:
-        raise UserError("checkpoint.init_from and checkpoint.convert_from: give one of the two")
+    if config.teacher.checkpoint != PRETRAINED:
+        names.local_folder("teacher.checkpoint", config.teacher.checkpoint)
+    starts = ("checkpoint.init_from", "checkpoint.convert_from", "pretrain.epochs")
+    if len(given := [field for field in starts if fields[field]]) > 1:
+        raise UserError(f"{' and '.join(given)}: give one of them, a net has one start")
+    if config.teacher.checkpoint == PRETRAINED and not config.pretrain.epochs:
+        raise UserError("teacher.checkpoint='pretrain': it takes pretrain.epochs above 0")
+    if not config.teacher.checkpoint and config.teacher != reference.teacher:
+        raise UserError("teacher.checkpoint='': without one the other fields of teacher do nothing")
+    if not config.pretrain.epochs and config.pretrain != reference.pretrain:
+        raise UserError("pretrain.epochs=0: then pretrain.learning_rate does nothing")
+    if config.pretrain.epochs and config.builder.budget:
+        raise UserError("pretrain.epochs and builder.budget: the auto-builder has runs of its own")
     if not config.builder.budget and config.builder != reference.builder:
         raise UserError("builder.budget='': without one the other fields of builder do nothing")
     names.pick("calibration.how", config.calibration.how, CALIBRATIONS)

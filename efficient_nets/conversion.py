@@ -9,8 +9,7 @@ import pathlib
 import jax
 from flax import nnx
 
-from efficient_nets import config as configs
-from efficient_nets import experiment, layers, sharding, workdirs
+from efficient_nets import experiment, layers, workdirs
 from efficient_nets.errors import UserError
 from efficient_nets.experiment import Experiment, TrainState
 
@@ -23,18 +22,9 @@ def converted_start(run: Experiment, state: TrainState) -> TrainState:
         rules make another net of it than of a plain one.
     """
     field, folder = "checkpoint.convert_from", pathlib.Path(run.config.checkpoint.convert_from)
-    source = _source_config(field, folder, run)
-    before = experiment.abstract_model(source, run.dataset.info)
-    graph, params, stats = nnx.split(before, nnx.Param, ...)
-    everywhere = sharding.replicated(run.mesh)
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
-        {"params": nnx.to_pure_dict(params), "stats": nnx.to_pure_dict(stats)},
-    )
-    found, left = workdirs.restore_net(folder, like)
-    if left:
-        few = "; ".join(f"{path} {reason}" for path, reason in list(left.items())[:5])
-        raise UserError(f"{field}={folder} holds another net ({len(left)} leaves): {few}")
+    source = workdirs.read_config(field, folder)
+    _check_same_model(field, folder, source, run)
+    graph, found = workdirs.trained_net(field, folder, source, run)
 
     def convert(found):
         model = nnx.merge(graph, found["params"], found["stats"])
@@ -49,12 +39,7 @@ def converted_start(run: Experiment, state: TrainState) -> TrainState:
     return state._replace(params=params, stats=stats, ema=ema)
 
 
-def _source_config(field: str, folder: pathlib.Path, run: Experiment):
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(f"{field}={folder}: it is no workdir, it has no config.json")
-    source = configs.from_json(path.read_text())
-    configs.check(source)
+def _check_same_model(field: str, folder: pathlib.Path, source, run: Experiment) -> None:
     here, there = run.config.model.to_dict(), source.model.to_dict()
     differences = [
         f"{key}: there {there.get(key)!r}, here {here.get(key)!r}"
@@ -63,7 +48,6 @@ def _source_config(field: str, folder: pathlib.Path, run: Experiment):
     ]
     if differences:
         raise UserError(f"{field}={folder} is of another model ({'; '.join(differences)})")
-    return source
 
 
 def _check_same(field: str, converted: nnx.Module, expected: nnx.Module) -> None:

@@ -27,17 +27,20 @@ from efficient_nets import (
     calibration,
     conversion,
     data,
+    distillation,
     experiment,
     inspection,
     layers,
     optim,
     paths,
+    pretraining,
     reporting,
     sharding,
     workdirs,
 )
 from efficient_nets import config as configs
 from efficient_nets.checkpoint import Checkpoints
+from efficient_nets.distillation import Teacher
 from efficient_nets.errors import TrainingDiverged
 from efficient_nets.evaluation import evaluate_all, evaluators, put_resident
 from efficient_nets.experiment import Experiment, TrainState
@@ -57,6 +60,9 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     """
     configs.check(config)
     workdirs.claim(workdir, config)
+    before = workdir / pretraining.FOLDER
+    if config.pretrain.epochs and not (before / "result.json").exists():
+        train(pretraining.float_config(config), before)
     info = data.describe(config.data)
     costs = workdirs.write_summary(workdir, config, experiment.abstract_model(config, info), info)
     dataset = data.load(config.data)
@@ -67,40 +73,51 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         keep=config.checkpoint.keep,
         best_metric=workdirs.best_metric(dataset),
     )
-    state, meta = _start(run, checkpoints)
+    state, meta = _start(run, checkpoints, before)
     reporter = reporting.Reporter(
         workdir, int(state.step), run.total_steps, tensorboard=config.log.tensorboard
     )
     evaluation = evaluators(run)
     with contextlib.closing(checkpoints), contextlib.closing(reporter):
-        if not meta and (config.checkpoint.init_from or config.checkpoint.convert_from):
+        if not meta and _starts_trained(config):
             scores = evaluate_all(evaluation, state)  # of the net that training starts from
             reporter.scalars(0, scores)
             reporter.line(reporting.evaluation_line(0, 0, scores))
         with _explaining_divergence(checkpoints):
-            state, meta, scores = _loop(run, state, meta, evaluation, checkpoints, reporter)
+            teacher = distillation.teacher(run, before)
+            state, meta, scores = _loop(
+                run, state, meta, teacher, evaluation, checkpoints, reporter
+            )
         scores |= evaluate_all(evaluation[1:] if scores else evaluation, state)
         result = scores | _result(run, state, meta, costs)
     workdirs.write_result(workdir, result)
     return result
 
 
-def _start(run: Experiment, checkpoints: Checkpoints) -> tuple[TrainState, dict]:
+def _starts_trained(config: ConfigDict) -> bool:
+    source = config.checkpoint
+    return bool(source.init_from or source.convert_from or config.pretrain.epochs)
+
+
+def _start(
+    run: Experiment, checkpoints: Checkpoints, pretrained: pathlib.Path
+) -> tuple[TrainState, dict]:
     restored = checkpoints.restore(run.abstract)
     if restored is not None:
         state, meta, step = restored
         logging.info("Goes on from the checkpoint of step %d.", step)
         return state, meta
-    state, source = run.initial_state(), run.config.checkpoint
-    if source.convert_from:
+    state, config = run.initial_state(), run.config
+    if config.checkpoint.convert_from:
         state = conversion.converted_start(run, state)
-    elif source.init_from:
-        state = workdirs.warm_start(run, state)
-    trained = bool(source.convert_from or source.init_from)
-    return calibration.calibrated_start(run, state, trained=trained), {}
+    elif config.pretrain.epochs:
+        state = workdirs.warm_start(run, state, pretrained)
+    elif config.checkpoint.init_from:
+        state = workdirs.warm_start(run, state, pathlib.Path(config.checkpoint.init_from))
+    return calibration.calibrated_start(run, state, trained=_starts_trained(config)), {}
 
 
-def _loop(run: Experiment, state, meta, evaluation, checkpoints, reporter):
+def _loop(run: Experiment, state, meta, teacher, evaluation, checkpoints, reporter):
     """Trains to the end.
 
     Returns:
@@ -119,7 +136,7 @@ def _loop(run: Experiment, state, meta, evaluation, checkpoints, reporter):
     dispatches = _dispatches(run, step, on_device=resident is not None)
     with Preemption() as preemption, contextlib.closing(dispatches):
         for count, batch in dispatches:
-            state, metrics = step_fn(state, batch, resident, count=count)
+            state, metrics = step_fn(state, batch, resident, teacher, count=count)
             meter.push(step, count, metrics)
             step += count
             last, scores = step == run.total_steps, {}
@@ -176,7 +193,9 @@ def _write_histograms(run: Experiment, state: TrainState, step: int, look, repor
         reporter.histograms(step, found)
 
 
-def train_steps(run: Experiment, state: TrainState, batch, resident, *, count: int):
+def train_steps(
+    run: Experiment, state: TrainState, batch, resident, teacher: Teacher | None = None, *, count
+):
     """`count` steps in one dispatch: arrays of `batch` have a leading axis of that length if > 1.
 
     Returns:
@@ -184,11 +203,17 @@ def train_steps(run: Experiment, state: TrainState, batch, resident, *, count: i
     """
     one = functools.partial(train_step, run)
     if count == 1:
-        return one(state, batch, resident)
-    return lax.scan(lambda state, batch: one(state, batch, resident), state, batch)
+        return one(state, batch, resident, teacher)
+    return lax.scan(lambda state, batch: one(state, batch, resident, teacher), state, batch)
 
 
-def train_step(run: Experiment, state: TrainState, batch: dict, resident: dict | None):
+def train_step(
+    run: Experiment,
+    state: TrainState,
+    batch: dict,
+    resident: dict | None,
+    teacher: Teacher | None = None,
+):
     """One step: gather, augment, loss, gradient, update. Pure."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     batch = data.gather(resident, batch)
@@ -210,6 +235,11 @@ def train_step(run: Experiment, state: TrainState, batch: dict, resident: dict |
                 _watched(model, images) if run.config.log.products else (model(images), {})
             )
         loss, metrics = run.task.loss(logits, labels)
+        if teacher is not None:
+            weight, temperature = run.config.teacher.weight, run.config.teacher.temperature
+            soft = run.task.distillation_loss(logits, teacher.logits(images), temperature)
+            metrics["distillation_loss"] = soft
+            loss = (1 - weight) * loss + weight * soft
         if losses:
             metrics["quantization_loss"] = sum(value for _, value in losses)
             loss = loss + metrics["quantization_loss"]

@@ -15,10 +15,10 @@ from absl import logging
 from flax import nnx
 from ml_collections import ConfigDict
 
-from efficient_nets import analysis, checkpoint, data, paths, reporting
+from efficient_nets import analysis, checkpoint, data, experiment, paths, reporting, sharding
 from efficient_nets import config as configs
 from efficient_nets.errors import UserError
-from efficient_nets.experiment import Experiment, TrainState, average_from
+from efficient_nets.experiment import Experiment, TrainState
 
 
 def default(config_file: str) -> str:
@@ -110,16 +110,19 @@ def write_eval(workdir: pathlib.Path, result: dict[str, Any]) -> None:
         print(f"result       {workdir / 'eval.json'}", flush=True)
 
 
-def warm_start(run: Experiment, state: TrainState) -> TrainState:
-    """The state with the net of `config.checkpoint.init_from` where path and shape match.
+def warm_start(run: Experiment, state: TrainState, folder: pathlib.Path) -> TrainState:
+    """The state with the net of another run, in that folder, where path and shape match.
 
     Where that run kept an average, it is the averaged net, whose accuracy the run reported.
     """
     net = {"params": state.params, "stats": state.stats}
-    net, left = restore_net(pathlib.Path(run.config.checkpoint.init_from), net)
-    for path, reason in left.items():
-        logging.warning("%s %s: it starts fresh", path, reason)
-    return state._replace(**net, ema=average_from(run.config, **net))
+    net, left = restore_net(folder, net)
+    ranges = [path for path in left if "/ranges/" in path]
+    if ranges:  # as of a net in float, whose start every rounded net takes
+        logging.info("%d arrays of quantizers are not there, and start fresh.", len(ranges))
+    for path in sorted(left.keys() - set(ranges)):
+        logging.warning("%s %s: it starts fresh", path, left[path])
+    return state._replace(**net, ema=experiment.average_from(run.config, **net))
 
 
 def restore_net(folder: pathlib.Path, net: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -143,6 +146,45 @@ def restore_net(folder: pathlib.Path, net: dict[str, Any]) -> tuple[dict[str, An
         if path.startswith("ema/") == averaged
     }
     return net, left
+
+
+def read_config(field: str, folder: pathlib.Path) -> ConfigDict:
+    """The config of another run.
+
+    Raises:
+      UserError: if the folder, the value of that field, is no workdir.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{field}={folder}: it is no workdir, it has no config.json")
+    config = configs.from_json(path.read_text())
+    configs.check(config)
+    return config
+
+
+def trained_net(
+    field: str, folder: pathlib.Path, config: ConfigDict, run: Experiment
+) -> tuple[nnx.GraphDef, dict[str, Any]]:
+    """Another run's net for this run's data, as that run's config builds it, on all devices.
+
+    Returns:
+      The graph, and `{"params": ..., "stats": ...}`, see `restore_net`.
+
+    Raises:
+      UserError: if the folder, the value of that field, holds another net.
+    """
+    model = experiment.abstract_model(config, run.dataset.info)
+    graph, params, stats = nnx.split(model, nnx.Param, ...)
+    everywhere = sharding.replicated(run.mesh)
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+        {"params": nnx.to_pure_dict(params), "stats": nnx.to_pure_dict(stats)},
+    )
+    net, left = restore_net(folder, like)
+    if left:
+        few = "; ".join(f"{path} {reason}" for path, reason in list(left.items())[:5])
+        raise UserError(f"{field}={folder} holds another net ({len(left)} leaves): {few}")
+    return graph, net
 
 
 def restore_for_evaluation(run: Experiment, folder: pathlib.Path, which: str) -> TrainState:

@@ -74,7 +74,7 @@ def test_it_trains_and_resumes_without_converting_again(linear, tmp_path):
     ("change", "says"),
     [
         (dict(convert_from="/nowhere"), "convert_from=/nowhere: it is no workdir"),
-        (dict(init_from="a", convert_from="b"), "give one of the two"),
+        (dict(init_from="a", convert_from="b"), "give one of them"),
     ],
 )
 def test_bad_folders(change, says, tmp_path):

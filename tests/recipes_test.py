@@ -116,3 +116,22 @@ def test_a_preset_gives_options_and_those_given_override_it():
 def test_an_unknown_preset_is_named(name, preset, message):
     with pytest.raises(UserError, match=message):
         configs.model(name, preset=preset)
+
+
+@pytest.mark.parametrize(
+    "precision, expected",
+    [
+        ("float", "torchvision"),
+        ("lsq:w2a2", "torchvision"),
+        ("dorefa:w1a2", "torchvision"),
+        ("twn", "torchvision"),
+        ("dorefa:w1a1", "torchvision"),  # of 0 and 1, not signs
+        ("xnor", "xnor"),
+        ("xnor++", "xnor"),
+        ("bireal", "bireal"),
+        ("w=twn,a=sign", "bireal"),
+    ],
+)
+def test_inputs_of_signs_get_blocks_without_a_relu_in_front(precision, expected):
+    assert recipes.preset(precision) == expected
+    assert recipes.preset(precision, "lq") == (expected if expected != "torchvision" else "lq")

@@ -231,7 +231,7 @@ def test_a_workdir_that_cannot_be_written_to_is_named(tmp_path):
 def test_weights_of_another_config_start_a_run(whole, tmp_path):
     config = tiny(checkpoint__init_from=str(whole[0]), data__test="test[100:200]")
     run = experiment.build(config, data.load(config.data))
-    started = workdirs.warm_start(run, run.initial_state())
+    started = workdirs.warm_start(run, run.initial_state(), whole[0])
     saved = workdirs.restore_for_evaluation(run, whole[0], "newest")
     assert_equal(started.params, saved.params)
     assert int(started.step) == 0
@@ -243,7 +243,7 @@ def test_weights_that_do_not_fit_start_fresh_and_are_named(whole, caplog, ema):
     run = experiment.build(config, data.load(config.data))
     fresh = run.initial_state()
     head, conv = np.asarray(fresh.params["head"]["w"]["kernel"]), "stage1/0/conv1/w/kernel"
-    started = workdirs.warm_start(run, fresh)
+    started = workdirs.warm_start(run, fresh, whole[0])
     assert not np.array_equal(started.params["head"]["w"]["kernel"], head)
     assert conv in caplog.text and "ema" not in caplog.text
     assert_equal(started.ema.get("params", started.params), started.params)
@@ -291,7 +291,7 @@ def test_a_run_starts_from_the_averaged_net_of_another_which_it_reported(tmp_pat
     for ema in (0.0, 0.5):
         config = tiny(train__ema=ema, checkpoint__init_from=str(tmp_path))
         run = experiment.build(config, data.load(config.data))
-        started = workdirs.warm_start(run, run.initial_state())
+        started = workdirs.warm_start(run, run.initial_state(), tmp_path)
         assert_equal(started.params, saved.ema["params"])
         assert_equal(started.stats, saved.ema["stats"])
         assert_equal(started.ema, saved.ema if ema else {})

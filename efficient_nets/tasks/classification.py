@@ -37,6 +37,22 @@ class Classification:
         hits = jnp.argmax(logits, -1) == jnp.argmax(labels, -1)
         return loss, {"loss": loss, "accuracy": jnp.mean(hits.astype(jnp.float32))}
 
+    def distillation_loss(self, logits: Array, teacher: Array, temperature: float) -> Array:
+        """`T^2 * mean KL(softmax(teacher / T) || softmax(logits / T))`, a scalar in float32.
+
+        The gradients of softened outputs shrink with 1 / T^2, which the factor undoes (Hinton et
+        al. 2015, arXiv 1503.02531, section 2).
+
+        Args:
+          logits, teacher: `(N, classes)`.
+          temperature: T, above 0.
+        """
+        of_net, of_teacher = (
+            jax.nn.log_softmax(x.astype(jnp.float32) / temperature) for x in (logits, teacher)
+        )
+        divergence = jnp.sum(jnp.exp(of_teacher) * (of_teacher - of_net), axis=-1)
+        return temperature**2 * jnp.mean(divergence)
+
     def label_loss(self, logits: Array, labels: Array) -> Array:
         """`loss` for integer labels `(N,)`."""
         return self.loss(logits, jax.nn.one_hot(labels, logits.shape[-1]))[0]

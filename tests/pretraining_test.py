@@ -1,0 +1,95 @@
+"""A net in float and then the rounded one from its weights, in one command."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from efficient_nets import config as configs
+from efficient_nets import data, experiment, pretraining, workdirs
+from efficient_nets import train as training
+from efficient_nets.errors import UserError
+from tests.train_test import metrics, tiny
+
+ROUNDED = (
+    dict(match="conv2", kernel="dense", precision="lsq:w2a2"),
+    dict(match="head|hidden", precision="w=dorefa:4,a=pact:4"),
+)
+
+
+def two_runs(**changes):
+    small = configs.model("lenet", width=0.25)
+    config = tiny(model=small, layers=ROUNDED, train__epochs=1.0, pretrain__epochs=2.0, **changes)
+    config.optimizer.rules = (
+        dict(match=r"ranges/.*/alpha$", weight_decay=1e-3),
+        *config.optimizer.rules,
+    )
+    return config
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("both")
+    training.train(two_runs(teacher__checkpoint="pretrain"), workdir)
+    return workdir
+
+
+def test_both_runs_end_and_the_second_starts_from_the_first(workdir):
+    results = [json.loads((f / "result.json").read_text()) for f in (workdir / "float", workdir)]
+    assert [result["steps"] for result in results] == [10, 5]
+    first = [line for line in metrics(workdir) if line["step"] == 0]
+    assert "test/accuracy" in first[0]  # of the net that training starts from
+    config = two_runs()
+    run = experiment.build(config, data.load(config.data))
+    state = workdirs.warm_start(run, run.initial_state(), workdir / "float")
+    plain = pretraining.float_config(config)
+    source = experiment.build(plain, data.load(plain.data))
+    saved = workdirs.restore_for_evaluation(source, workdir / "float", "newest")
+    for path in (("conv1",), ("hidden",)):
+        here, there = state.params, saved.params
+        for name in (*path, "w"):
+            here, there = here[name], there[name]
+        jax.tree.map(np.testing.assert_array_equal, here, there)
+
+
+def test_the_net_in_float_taught_the_rounded_one(workdir):
+    assert "train/distillation_loss" in (workdir / "metrics.jsonl").read_text()
+    assert "train/distillation_loss" not in (workdir / "float" / "metrics.jsonl").read_text()
+
+
+def test_the_same_command_again_trains_nothing_anew(workdir):
+    before = (workdir / "float" / "result.json").stat().st_mtime_ns
+    lines = len(metrics(workdir))
+    training.train(two_runs(teacher__checkpoint="pretrain"), workdir)
+    assert (workdir / "float" / "result.json").stat().st_mtime_ns == before
+    assert len([line for line in metrics(workdir)[lines:] if "train/loss" in line]) == 0
+
+
+def test_the_first_run_is_the_config_s_but_for_what_the_second_alone_has():
+    config = two_runs(schedule__name="multistep", schedule__milestones=(0.25, 0.5))
+    plain = pretraining.float_config(config)
+    assert plain.layers == (dict(match="conv2", kernel="dense"), dict(match="head|hidden"))
+    assert plain.optimizer.rules == config.optimizer.rules[1:]
+    assert plain.schedule.milestones == (0.5, 1.0) and plain.train.epochs == 2.0
+    assert plain.optimizer.learning_rate == 0.1 and plain.pretrain.epochs == 0
+    assert configs.to_json(config) == configs.to_json(
+        two_runs(schedule__name="multistep", schedule__milestones=(0.25, 0.5))
+    )
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(pretrain__epochs=1.0), "pretrain.epochs=1.0: no rule of layers has a precision"),
+        (dict(pretrain__learning_rate=0.2), "pretrain.epochs=0: then pretrain.learning_rate"),
+        (
+            dict(pretrain__epochs=1.0, checkpoint__init_from="x"),
+            "checkpoint.init_from and pretrain.epochs: give one of them",
+        ),
+        (dict(pretrain__epochs=1.0, builder__budget="params"), "runs of its own"),
+    ],
+)
+def test_what_cannot_be(changes, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        training.train(tiny(**changes), tmp_path)
