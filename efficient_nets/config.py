@@ -25,7 +25,7 @@ from efficient_nets.ops.quantizers import CALIBRATIONS
 
 PRETRAINED = "pretrain"  # teacher.checkpoint: the net in float of config.pretrain
 # A run may be resumed with other values here: they do not change what is computed.
-FREE_SECTIONS = ("log", "sharding")
+FREE_SECTIONS = ("log", "sharding", "mixed")
 NOT_NUMERIC = (
     "data.dir",
     "data.storage",
@@ -184,6 +184,13 @@ def defaults() -> ConfigDict:
             mask_seeds=3,  # masks a layer, whose effects are averaged
             finetune_epochs=1.0,  # after each removal
             finetune_rate=0.5,  # factor of optimizer.learning_rate there
+        )
+    )
+    config.mixed = ConfigDict(  # --mode=sensitivity: a precision for each layer that layers round
+        dict(
+            choices=(),  # short forms, as "lsq:w4a4"; (): that of layers, and nothing is chosen
+            budget="packed_bytes",  # what is cut: packed_bytes or bops
+            keep=0.0,  # share of the float net's that may stay; 0: layers are measured alone
         )
     )
     config.sharding = ConfigDict(

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from efficient_nets import config as configs
-from efficient_nets import data, layers, models, optim, sharding
+from efficient_nets import data, layers, models, optim, paths, sharding
 from efficient_nets.errors import UserError
 from efficient_nets.tasks.classification import Classification
 
@@ -100,6 +100,20 @@ def convert(config: ConfigDict, model: nnx.Module, key: Array) -> nnx.Module:
 def abstract_model(config: ConfigDict, info: data.Info) -> nnx.Module:
     """`build_model` without arrays: shapes only."""
     return nnx.eval_shape(lambda: build_model(config, info, jax.random.key(config.seed)))
+
+
+def without_idle_rules(config: ConfigDict) -> ConfigDict:
+    """A copy whose rules of optimizer and sharding each match a parameter, or they were errors.
+
+    For a config made of another one, whose net has parameters that this one's has not.
+    """
+    config = config.copy_and_resolve_references()
+    model = abstract_model(config, data.describe(config.data))
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    for section in (config.optimizer, config.sharding):
+        idle = paths.unmatched(section.rules, params)
+        section.rules = tuple(rule for rule in section.rules if rule["match"] not in idle)
+    return config
 
 
 def build(config: ConfigDict, dataset: data.Dataset, *, training: bool = True) -> Experiment:

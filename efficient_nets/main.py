@@ -12,7 +12,7 @@ from efficient_nets import data, errors, experiment, names, sharding, workdirs
 from efficient_nets.errors import TrainingDiverged, UserError
 from efficient_nets.evaluation import evaluate
 from efficient_nets.inspection import inspect
-from efficient_nets.search import auto_builder
+from efficient_nets.search import auto_builder, mixed_precision
 from efficient_nets.train import train
 
 FLAGS = flags.FLAGS
@@ -24,7 +24,8 @@ CONFIG = config_flags.DEFINE_config_file(
     accept_new_attributes=True,  # configs.check refuses them, and names the nearest one
 )
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run, else runs/NAME[-ARGUMENT].")
-MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "summary", "analyze"], "What to do.")
+MODES = ["train", "eval", "summary", "analyze", "sensitivity"]
+MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", "", "eval, analyze: the workdir to restore from.")
 STEP = flags.DEFINE_string("step", "newest", "eval, analyze: newest, best, or a step.")
 REFERENCE = flags.DEFINE_string("reference", "", "analyze: an analysed workdir to compare with.")
@@ -50,6 +51,8 @@ def _run(config, workdir: pathlib.Path) -> None:
     elif MODE.value == "analyze":
         folder = names.local_folder("--checkpoint", CHECKPOINT.value or str(workdir))
         inspect(config, workdir, folder, STEP.value, REFERENCE.value)
+    elif MODE.value == "sensitivity":
+        mixed_precision.build(config, workdir)
     elif config.builder.budget:
         auto_builder.build(config, workdir, train)
     else:

@@ -1,12 +1,9 @@
 """A net in float first, the rounded one from its weights: `config.pretrain`, in one command."""
 
-import re
-
-from flax import nnx
 from ml_collections import ConfigDict
 
 from efficient_nets import config as configs
-from efficient_nets import data, experiment, paths
+from efficient_nets import experiment
 from efficient_nets.errors import UserError
 
 FOLDER = "float"  # of the first run, in the workdir of the second
@@ -22,7 +19,6 @@ def float_config(config: ConfigDict) -> ConfigDict:
     Raises:
       UserError: if nothing is rounded, so that the two runs are of the same net.
     """
-    info = data.describe(config.data)
     layers = tuple(_without(rule, "precision") for rule in config.layers)
     if layers == tuple(map(dict, config.layers)):
         raise UserError(
@@ -38,14 +34,7 @@ def float_config(config: ConfigDict) -> ConfigDict:
     stretch = config.pretrain.epochs / config.train.epochs
     plain.schedule.milestones = tuple(stretch * epoch for epoch in config.schedule.milestones)
     plain.schedule.period = stretch * config.schedule.period
-    params = nnx.to_pure_dict(nnx.state(experiment.abstract_model(plain, info), nnx.Param))
-    named = paths.named_leaves(params)
-    plain.optimizer.rules = tuple(
-        dict(rule)
-        for rule in config.optimizer.rules
-        if any(re.search(rule["match"], name) for name in named)
-    )
-    return plain
+    return experiment.without_idle_rules(plain)
 
 
 def _without(rule, field: str) -> dict:

@@ -151,7 +151,29 @@ def with_removals(
       removed: Paths of layers.
       every: Paths of all layers, removed or not.
     """
-    first = [{"match": f"^{re.escape(path)}$", REMOVE: True} for path in removed]
+    return _in_front({path: {REMOVE: True} for path in removed}, rules, every)
+
+
+def with_precisions(
+    rules: Sequence[Mapping], precisions: Mapping[str, str], every: Sequence[str]
+) -> tuple[dict, ...]:
+    """The rules with one in front for each of these layers, its own rule with another precision.
+
+    Args:
+      rules: Of `convert`.
+      precisions: By path of a layer.
+      every: Paths of all layers.
+    """
+    fields = {}
+    for path, precision in precisions.items():
+        index = _first_match(rules, path)
+        own = {} if index is None else {k: v for k, v in rules[index].items() if k != "match"}
+        fields[path] = own | {"precision": precision}
+    return _in_front(fields, rules, every)
+
+
+def _in_front(fields: Mapping[str, Mapping], rules: Sequence[Mapping], every: Sequence[str]):
+    first = [{"match": f"^{re.escape(path)}$"} | dict(own) for path, own in fields.items()]
     rules = [*first, *map(dict, rules)]
     used = {_first_match(rules, path) for path in every}
     return tuple(rule for index, rule in enumerate(rules) if index in used)

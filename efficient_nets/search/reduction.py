@@ -4,10 +4,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from flax import nnx
 from ml_collections import ConfigDict
 
-from efficient_nets import analysis, data, experiment, layers, paths
+from efficient_nets import analysis, data, experiment, layers
 from efficient_nets import config as configs
 from efficient_nets.errors import UserError
 from efficient_nets.layers import rules
@@ -28,12 +27,7 @@ def reduced(config: ConfigDict, removed: Sequence[str]) -> ConfigDict:
     plain.layers = ()
     every = [path for path, _ in layers.layers(experiment.abstract_model(plain, info))]
     config.layers = rules.with_removals(config.layers, removed, every)
-    params = nnx.state(experiment.abstract_model(config, info), nnx.Param)
-    idle = paths.unmatched(config.optimizer.rules, nnx.to_pure_dict(params))
-    config.optimizer.rules = tuple(r for r in config.optimizer.rules if r["match"] not in idle)
-    idle = paths.unmatched(config.sharding.rules, nnx.to_pure_dict(params))
-    config.sharding.rules = tuple(r for r in config.sharding.rules if r["match"] not in idle)
-    return config
+    return experiment.without_idle_rules(config)
 
 
 def built(config: ConfigDict, removed: Sequence[str]) -> ConfigDict:

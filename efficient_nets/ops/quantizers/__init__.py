@@ -278,7 +278,10 @@ def _normalised(quantizer: Quantizer, x: Array):
 def output_scale(quantizer: Quantizer | None, x: Array, arrays, linear_map) -> Array | None:
     """What multiplies the map's output in XNOR-Net and XNOR-Net++, else None."""
     found = None if quantizer is None else method(quantizer).output_scale
-    return None if found is None else found(quantizer, x, arrays.learned, linear_map)
+    factor = None if found is None else found(quantizer, x, arrays.learned, linear_map)
+    if factor is not None and quantizer.float_epochs:
+        factor = jnp.where(arrays.observed["active"] > 0, factor, 1.0)
+    return factor
 
 
 def loss(quantizer: Quantizer, x: Array, arrays: Arrays) -> Array:

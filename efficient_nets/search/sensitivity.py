@@ -1,0 +1,147 @@
+"""What rounding one layer alone costs a trained net, layer by layer and choice by choice.
+
+Every quantizer has a switch, the `active` of its schedule. A net of one choice is made and compiled
+once, all its switches off, and is then the net in float; each layer is switched on alone, and in
+the end all of them.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from efficient_nets import analysis, calibration, conversion, data, experiment, layers, paths
+from efficient_nets.errors import UserError
+from efficient_nets.evaluation import Evaluator
+from efficient_nets.ops import precision as precisions
+from efficient_nets.ops.precision import Precision
+
+OWN = "own"  # the choice that config.layers make
+FLOAT = "float"
+
+
+def with_choice(config: ConfigDict, choice: str) -> ConfigDict:
+    """The config whose rounded layers all have this choice."""
+    return _with_precision(config, lambda own: own if choice == OWN else choice)
+
+
+def candidates(config: ConfigDict) -> list[str]:
+    """Paths of the layers that `config.layers` rounds, in the order of the calls.
+
+    Raises:
+      UserError: if there are none.
+    """
+    info = data.describe(config.data)
+    model = experiment.abstract_model(config, info)
+    rounded = {path for path, layer in layers.layers(model) if _rounds(layer.spec.precision)}
+    found = [c.name for c in analysis.layer_costs(model, info.image_shape) if c.name in rounded]
+    if not found:
+        raise UserError("layers: no rule has a precision, so there is no layer to switch")
+    return found
+
+
+def measure(
+    config: ConfigDict, dataset: data.Dataset, names: Sequence[str], choices: Sequence[str]
+) -> dict[str, Any]:
+    """Accuracy and loss on the validation split, nothing being trained.
+
+    Args:
+      config: `checkpoint.convert_from` is the net in float, `calibration` says how ranges start.
+      dataset: Of the config.
+      names: Paths of the layers.
+      choices: Short forms, 'float' or `OWN`.
+
+    Returns:
+      Dicts of `loss` and `accuracy`: under `float` that of the net in float, under `all` one for
+      each choice, with all layers of it, under `layers` one for each layer and choice.
+    """
+    found: dict[str, Any] = {"float": None, "all": {}, "layers": {name: {} for name in names}}
+    rounding = [choice for choice in choices if choice != FLOAT]
+    with tqdm(
+        total=len(rounding) * (len(names) + 2),
+        desc="switching layers",
+        unit="net",
+        mininterval=0.2 if sys.stderr.isatty() else 10.0,
+        disable=jax.process_index() > 0,
+    ) as bar:
+
+        def scores(net, on: Sequence[str]) -> dict[str, float]:
+            bar.update()
+            return net(on)
+
+        for choice in rounding:
+            net = _Switched(with_choice(config, choice), dataset)
+            found["float"] = found["float"] or scores(net, ())
+            for name in names:
+                found["layers"][name][choice] = scores(net, (name,))
+            found["all"][choice] = scores(net, names)
+        bar.update(bar.total - bar.n)
+    if FLOAT in choices:
+        found["all"][FLOAT] = found["float"]
+        for own in found["layers"].values():
+            own[FLOAT] = found["float"]
+    return found
+
+
+def scores_of(config: ConfigDict, dataset: data.Dataset, names: Sequence[str]) -> dict[str, float]:
+    """Loss and accuracy of the net that training this config would start from."""
+    return _Switched(config, dataset)(names)
+
+
+class _Switched:
+    """The rounded net that training this config would start from, its layers switched at will."""
+
+    def __init__(self, config: ConfigDict, dataset: data.Dataset):
+        config = experiment.without_idle_rules(_with_precision(config, switchable))
+        run = experiment.build(config, dataset, training=False)
+        state = conversion.converted_start(run, run.initial_state())
+        self._state = calibration.calibrated_start(run, state, trained=True)
+        self._evaluator = Evaluator(run, "validation")
+
+    def __call__(self, on: Sequence[str]) -> dict[str, float]:
+        net = self._state.net
+        state = self._state._replace(params=net["params"], stats=switched(net["stats"], on), ema={})
+        found = self._evaluator(state)
+        return {name: found[f"validation/{name}"] for name in ("loss", "accuracy")}
+
+
+def switched(stats: Mapping[str, Any], on: Sequence[str]) -> Any:
+    """The statistics of a net with the quantizers of these layers on, and all others off."""
+    places = tuple(f"{path}/ranges/" for path in on)
+
+    def switch(name: str, x: jax.Array) -> jax.Array:
+        if not name.endswith("/active"):
+            return x
+        return jax.device_put(jnp.full_like(x, name.startswith(places)), x.sharding)
+
+    return paths.map_named(switch, stats)
+
+
+def switchable(precision: Any) -> Precision:
+    """A precision whose quantizers have a switch and no other schedule; none at the gradient."""
+    plain = dict(freeze_epoch=0.0, stages=(), float_epochs=1.0)
+    found = precisions.parse(precision).quantizers
+    sites = {site: q for site, q in found.items() if site != "gradient"}
+    return Precision(**{site: dataclasses.replace(q, **plain) for site, q in sites.items()})
+
+
+def _with_precision(config: ConfigDict, change) -> ConfigDict:
+    config = config.copy_and_resolve_references()
+    config.layers = tuple(
+        dict(rule) | ({"precision": change(rule["precision"])} if _has_precision(rule) else {})
+        for rule in config.layers
+    )
+    return config
+
+
+def _has_precision(rule: Mapping) -> bool:
+    return "precision" in rule and _rounds(precisions.parse(rule["precision"]))
+
+
+def _rounds(precision: Precision) -> bool:
+    return bool(precision.quantizers)
