@@ -10,25 +10,17 @@ epochs: 76% top-1 for depth 50 and 70% for depth 18, the figures of the literatu
 """
 
 from efficient_nets import config as configs
+from efficient_nets import recipes
 
 
 def get_config(depth: str = "50"):
-    config = configs.defaults()
+    config = recipes.imagenet()
     config.model = configs.model(
         "resnet", depth=int(depth), layout="imagenet", zero_init_gamma=True
     )
-    config.dtype = "bfloat16"
-    config.data.name = "imagenet2012"
-    config.data.image_size = 224
-    config.data.flip = True
-    config.data.test = "validation"
-    config.data.workers = 16
     config.optimizer.learning_rate = 0.4
-    config.optimizer.nesterov = True
-    config.optimizer.weight_decay = 1e-4
     config.schedule.warmup_epochs = 5.0
     config.train.epochs = 90.0
     config.train.batch_size = 1024
     config.train.label_smoothing = 0.1
-    config.evaluate.batch_size = 1000
     return config

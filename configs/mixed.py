@@ -4,10 +4,10 @@
     python -m efficient_nets.main --config=configs/mixed.py --mode=sensitivity --workdir=runs/mixed
     python -m efficient_nets.main --config=runs/mixed/built_config.py --workdir=runs/mixed/built
 
-272,510 parameters, 40.8 M MACs at 4 bits. The second measures what each layer of the trained net loses alone
-at each choice, on 2,500 images held out, and chooses; the third trains what it chose from the
-weights in float. The argument is the share of the net's packed bytes that may stay;
---config.mixed.budget=bops cuts bit operations. Not run in full.
+272,510 parameters, 40.8 M MACs at 4 bits. The second command measures what each layer of the
+trained net loses alone at each choice, on 2,500 images held out, and chooses; the third trains what
+it chose from the weights in float. The argument is the share of the net's packed bytes that may
+stay; --config.mixed.budget=bops cuts bit operations. Not run in full.
 """
 
 from efficient_nets import recipes

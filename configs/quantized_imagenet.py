@@ -17,23 +17,14 @@ from efficient_nets.ops import precision as precisions
 
 
 def get_config(precision: str = "lsq:w2a2"):
-    config = configs.defaults()
+    config = recipes.imagenet()
     config.model = configs.model("resnet", preset=_preset(precision), depth=18, layout="imagenet")
     config.layers = recipes.quantized(precision)
-    config.dtype = "bfloat16"
-    config.data.name = "imagenet2012"
-    config.data.image_size = 224
-    config.data.flip = True
-    config.data.test = "validation"
-    config.data.workers = 16
-    config.optimizer.learning_rate = 5e-3
-    config.optimizer.nesterov = True
-    config.optimizer.weight_decay = 1e-4
     config.pretrain.epochs = 90.0
+    config.optimizer.learning_rate = 5e-3
     config.schedule.name, config.schedule.milestones = "multistep", (15.0, 25.0, 35.0)
     config.train.epochs = 40.0
     config.train.batch_size = 256
-    config.evaluate.batch_size = 1000
     return config
 
 

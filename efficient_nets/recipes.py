@@ -104,6 +104,25 @@ def cifar(dataset: str = "cifar10"):
     return config
 
 
+def imagenet():
+    """What recipes for ImageNet share: 224 pixels, random crops and flips, bfloat16 products.
+
+    SGD with Nesterov's momentum and weight decay 1e-4; the 50,000 validation images are the test
+    split.
+    """
+    config = configs.defaults()
+    config.dtype = "bfloat16"
+    config.data.name = "imagenet2012"
+    config.data.image_size = 224
+    config.data.flip = True
+    config.data.test = "validation"
+    config.data.workers = 16
+    config.optimizer.nesterov = True
+    config.optimizer.weight_decay = 1e-4
+    config.evaluate.batch_size = 1000
+    return config
+
+
 def quantized_cifar(precision: str, dataset: str = "cifar10"):
     """model-quantization's recipe for CIFAR: ResNet-20, rounded but for its ends and shortcuts.
 
