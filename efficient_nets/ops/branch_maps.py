@@ -55,6 +55,33 @@ def observe(precision: Precision, x: Array, kernels: Sequence[Array], ranges: Ra
     return moved
 
 
+def learned_of(ranges: Ranges) -> dict:
+    """The learned arrays alone, in the structure of the ranges."""
+    return jax.tree.map(lambda arrays: arrays.learned, ranges, is_leaf=_is_arrays)
+
+
+def with_learned(ranges: Ranges, learned: dict) -> Ranges:
+    return jax.tree.map(
+        lambda arrays, learned: arrays._replace(learned=learned),
+        ranges,
+        learned,
+        is_leaf=_is_arrays,
+    )
+
+
+def cotangent_of(learned: dict) -> dict:
+    """Of ranges, from that of the learned arrays: what is observed has none."""
+
+    def one(found):
+        return tuple(map(one, found)) if isinstance(found, tuple) else Arrays(found, None)
+
+    return {site: one(found) for site, found in learned.items()}
+
+
+def _is_arrays(node) -> bool:
+    return isinstance(node, Arrays)
+
+
 def branch_maps(
     precision: Precision,
     linear_map: linear_maps.DenseMap | linear_maps.ConvMap,

@@ -18,7 +18,16 @@ from jax import Array, lax
 from efficient_nets import names
 from efficient_nets.ops import straight_through as through
 from efficient_nets.ops.linear_maps import wide
-from efficient_nets.ops.quantizers import binary, codebook, groups, ranges, spec, uniform
+from efficient_nets.ops.quantizers import (
+    binary,
+    codebook,
+    fields,
+    groups,
+    ranges,
+    spec,
+    steps,
+    uniform,
+)
 from efficient_nets.ops.quantizers.spec import Arrays, Method, Quantizer, Rounded
 
 __all__ = [
@@ -53,7 +62,7 @@ CALIBRATIONS = {
 }
 SEEN = "seen_"  # in front of the name of a learned array: what it will start from
 
-METHODS = uniform.METHODS | binary.METHODS | codebook.METHODS
+METHODS = uniform.METHODS | steps.METHODS | binary.METHODS | codebook.METHODS
 
 
 def _stored(quantizer: Quantizer, x: Array, arrays) -> Rounded:
@@ -64,9 +73,9 @@ def _stored(quantizer: Quantizer, x: Array, arrays) -> Rounded:
 STORED = Method(_stored, lambda levels: True, output_scale=binary.spatial_scale)
 
 
-def make(site: str, fields: Mapping[str, Any]) -> Quantizer:
-    """See `spec.quantizer`."""
-    return spec.quantizer(METHODS, site, fields)
+def make(site: str, options: Mapping[str, Any]) -> Quantizer:
+    """See `fields.quantizer`."""
+    return fields.quantizer(METHODS, site, options)
 
 
 def method(quantizer: Quantizer) -> Method:
