@@ -83,11 +83,11 @@ def make(
 
 
 def _typical(quantizer: Quantizer, channels: int) -> Array:
-    """`(256, channels)` quantiles of a normal distribution, the same for each channel."""
+    """A sample `(1, 256, channels)`: quantiles of a normal distribution, alike for each channel."""
     shares = (jnp.arange(256, dtype=jnp.float32) + 0.5) / 256
     values = jax.scipy.stats.norm.ppf(shares)
     values = values if quantizer.signed else jnp.maximum(values, 0)
-    return jnp.broadcast_to(jnp.expand_dims(values, 1), (256, channels))
+    return jnp.broadcast_to(values.reshape(1, -1, 1), (1, 256, channels))
 
 
 def arrays(ranges: nnx.Dict | None, branches: Sequence[str]) -> Ranges:

@@ -99,9 +99,7 @@ def branch_maps(
       x, kernels: As `linear_map` takes them.
       ranges: Of the quantizers that precision has.
     """
-    if precision.input is not None and precision.input.pad == "before":
-        x, linear_map = linear_map.padded(x)
-    x_rounded = _rounded(precision.input, x, ranges.get("input"))
+    x_rounded, padless = _rounded_input(precision.input, linear_map, x, ranges.get("input"))
     of_kernels = ranges.get("kernel", (None,) * len(kernels))
     rounded = [_rounded(precision.kernel, *pair) for pair in zip(kernels, of_kernels, strict=True)]
     z = {}
@@ -110,12 +108,12 @@ def branch_maps(
         own = [kernels[i] for i in positions]
         exact = None
         if kind == "x" and _has_codes(x_rounded, parts):
-            exact = lax.stop_gradient(_of_codes(precision, linear_map, x, x_rounded, own, parts))
+            exact = lax.stop_gradient(_of_codes(precision, padless, x, x_rounded, own, parts))
         if exact is not None and not _trainable(own):
             z[kind] = exact
         else:
             values = [_value(part, kernel, x) for part, kernel in zip(parts, own, strict=True)]
-            z[kind] = READS[kind](linear_map, _value(x_rounded, x, x), values)
+            z[kind] = READS[kind](padless, _value(x_rounded, x, x), values)
             z[kind] = z[kind] if exact is None else straight_through(exact, z[kind])
         z[kind] = _scaled_output(
             precision, linear_map, x, ranges, [of_kernels[i] for i in positions], z[kind]
@@ -127,6 +125,14 @@ def branch_maps(
 
 def _rounded(quantizer, x: Array, arrays: Arrays | None) -> Rounded | None:
     return None if quantizer is None else quantizers.rounded(quantizer, x, arrays)
+
+
+def _rounded_input(quantizer: Quantizer | None, linear_map, x: Array, arrays: Arrays | None):
+    """The rounded input, and the map of it: with pad='before' it is padded already."""
+    if quantizer is None or quantizer.pad != "before":
+        return _rounded(quantizer, x, arrays), linear_map
+    rounded = quantizers.rounded(quantizer, x, arrays, lambda x: linear_map.padded(x)[0])
+    return rounded, linear_map.padded(x)[1]
 
 
 def _value(rounded: Rounded | None, x: Array, like: Array) -> Array:

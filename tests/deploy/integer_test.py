@@ -20,6 +20,10 @@ EXACT = {
         input=dict(method="minmax", bits=8, signed=False, zero_point=True),
         output=dict(method="lsq", bits=8, signed=True),
     ),
+    "normalised": dict(
+        kernel=dict(method="lsq", bits=4),
+        input=dict(method="lsq", bits=8, normalise="mean", pad="before"),
+    ),
     "scaled": dict(
         kernel=dict(method="xnor++", case=3, size=(3, 3)), input=dict(method="xnor", k="box")
     ),

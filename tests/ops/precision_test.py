@@ -176,7 +176,7 @@ INPUT = dict(site="input", method="lsq", bits=4)
         # Fields that would do nothing there.
         (KERNEL | dict(pad="before"), ".pad: 'lsq' does not heed it at this site"),
         (KERNEL | dict(zero_point=True), ".zero_point: 'lsq' does not heed it"),
-        (INPUT | dict(normalise="standard"), ".normalise: 'lsq' does not heed it"),
+        (dict(site="output", method="lsq", bits=2, normalise="mean"), ".normalise: 'lsq' does not"),
         (INPUT | dict(axis="in"), ".axis: 'lsq' does not heed it"),
         (KERNEL | dict(axis="in"), ".axis='in': with per='layer'"),
         (dict(site="output", method="lsq", bits=2, loss=1.0), ".loss: 'lsq' does not heed it"),
@@ -195,6 +195,8 @@ INPUT = dict(site="input", method="lsq", bits=4)
         ),
         (KERNEL | dict(step_gradient="1/n"), ".step_gradient='1/n' is not known"),
         (KERNEL | dict(normalise="mean"), ".normalise='mean' is not known: allowed none, restored"),
+        (INPUT | dict(normalise="standard"), "='standard' is not known: allowed mean, none, var"),
+        (INPUT | dict(normalise="restored"), "='restored' is not known: allowed mean, none, var"),
         (KERNEL | dict(axis="both"), ".axis='both' is not known: allowed in, out"),
         (INPUT | dict(pad="never"), ".pad='never' is not known: allowed after, before"),
         (KERNEL | dict(loss=1.0, loss_norm="l3"), ".loss_norm='l3' is not known: allowed l1, l2"),

@@ -9,7 +9,7 @@ what is not learned, in training and before quantizing; `quantize` moves nothing
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,7 +28,8 @@ from efficient_nets.ops.quantizers import (
     steps,
     uniform,
 )
-from efficient_nets.ops.quantizers.spec import Arrays, Method, Quantizer, Rounded
+from efficient_nets.ops.quantizers.normalise import normalised
+from efficient_nets.ops.quantizers.spec import Arrays, Method, Quantizer, Rounded, times, value
 
 __all__ = [
     "METHODS",
@@ -119,7 +120,7 @@ def settled(quantizer: Quantizer, arrays: Arrays) -> tuple[Quantizer, Arrays]:
 
 def start(quantizer: Quantizer, x: Array) -> Arrays:
     """The arrays that it begins with, made for values such as x."""
-    x = _normalised(quantizer, x.astype(wide(x.dtype)))[0]
+    x = normalised(quantizer, x.astype(wide(x.dtype)))[0]
     found = method(quantizer).start
     learned, observed = ({}, {}) if found is None else found(quantizer, x)
     if quantizer.post_scale:
@@ -148,7 +149,7 @@ def calibrate(quantizer: Quantizer, x: Array, how: str = "own") -> Arrays:
     arrays, fit = start(quantizer, x), method(quantizer).fit
     if how == "own" or fit is None:
         return arrays
-    x = _normalised(quantizer, x.astype(wide(x.dtype)))[0]
+    x = normalised(quantizer, x.astype(wide(x.dtype)))[0]
 
     def fitted(lo, hi):
         found = fit(quantizer, lo, hi)
@@ -217,7 +218,7 @@ def observe(quantizer: Quantizer, x: Array, arrays: Arrays) -> Arrays:
     x = lax.stop_gradient(x)
     moved = {}
     if found is not None:
-        normal = _normalised(quantizer, x.astype(wide(x.dtype)))[0]
+        normal = normalised(quantizer, x.astype(wide(x.dtype)))[0]
         moved = found(quantizer, normal, before)
     if quantizer.float_epochs:
         moved = moved | _seen(quantizer, x, arrays)
@@ -228,24 +229,26 @@ def observe(quantizer: Quantizer, x: Array, arrays: Arrays) -> Arrays:
     return arrays._replace(observed=before | moved)
 
 
-def rounded(quantizer: Quantizer, x: Array, arrays: Arrays) -> Rounded:
+def rounded(
+    quantizer: Quantizer, x: Array, arrays: Arrays, pad: Callable[[Array], Array] | None = None
+) -> Rounded:
     """Codes and scale of x where the value is their product, else the value; and the surrogate.
 
-    In float32, or float64 for its own.
+    In float32, or float64 for its own. `pad` is what puts zeros around x before they are rounded,
+    which are no part of the sample that `normalise` looks at.
     """
     x = x.astype(wide(x.dtype))
     learned, observed = arrays
     if "frozen" in observed:
         moves = 1.0 - observed["frozen"].astype(x.dtype)
         learned = {name: through.scale_gradient(v, moves) for name, v in learned.items()}
-    normal, undo = _normalised(quantizer, x)
+    normal, undo = normalised(quantizer, x)
+    if pad is not None:
+        x, normal = pad(x), pad(normal)
     found = method(quantizer).round(quantizer, normal, {**observed, **learned})
     if "post_scale" in learned:
-        factor = groups.spread(quantizer, learned["post_scale"].astype(x.dtype), x)
-        scale = None if found.scale is None else found.scale * lax.stop_gradient(factor)
-        found = Rounded(value(found) * factor, found.codes, scale)
-    if quantizer.normalise == "restored":
-        found = Rounded(value(found) * undo[0] + undo[1])
+        found = times(found, groups.spread(quantizer, learned["post_scale"].astype(x.dtype), x))
+    found = undo(found)
     if quantizer.float_epochs:
         found = Rounded(jnp.where(observed["active"] > 0, value(found), x))
     if found.codes is None and found.value is None:
@@ -258,36 +261,14 @@ def quantize(quantizer: Quantizer, x: Array, arrays: Arrays) -> Array:
     return value(rounded(quantizer, x, arrays)).astype(x.dtype)
 
 
-def value(found: Rounded) -> Array:
-    """The quantized value of what `rounded` gives, with its gradient."""
-    if found.codes is None and found.value is None:
-        return found.surrogate
-    exact = found.codes * found.scale if found.value is None else found.value
-    return through.straight_through(lax.stop_gradient(exact), found.surrogate)
-
-
-def _normalised(quantizer: Quantizer, x: Array):
-    """x as `normalise` says, and the `(deviation, mean)` that undo it.
-
-    Values that are all alike, but for the rounding of their mean, give zeros: their deviation is
-    taken for 1, as a root has no derivative at 0.
-    """
-    if quantizer.normalise == "none":
-        return x, None
-    mean = groups.spread(quantizer, groups.reduce(quantizer, x, jnp.mean), x)
-    centred = x - mean
-    variance = groups.reduce(quantizer, jnp.square(centred), jnp.mean)
-    variance = groups.spread(quantizer, variance, x)
-    alike = variance <= jnp.square(64 * jnp.finfo(x.dtype).eps * mean)
-    centred = through.straight_through(jnp.where(alike, 0.0, centred), centred)
-    std = jnp.sqrt(jnp.where(alike, 1.0, variance))
-    return centred / std, (std, mean)
-
-
 def output_scale(quantizer: Quantizer | None, x: Array, arrays, linear_map) -> Array | None:
     """What multiplies the map's output in XNOR-Net and XNOR-Net++, else None."""
     found = None if quantizer is None else method(quantizer).output_scale
-    return None if found is None else found(quantizer, x, arrays.learned, linear_map)
+    if found is None:
+        return None
+    if quantizer.site == "input" and quantizer.normalise != "none":
+        x = normalised(quantizer, x.astype(wide(x.dtype)))[0]
+    return found(quantizer, x, arrays.learned, linear_map)
 
 
 def loss(quantizer: Quantizer, x: Array, arrays: Arrays) -> Array:

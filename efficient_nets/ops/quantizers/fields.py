@@ -62,7 +62,7 @@ def _fields(site: str, method: Method, post_scale: bool) -> list[str]:
         return ["levels"]
     allowed = ["levels", "signed", "gradient", "float_epochs", "post_scale", *method.takes]
     allowed += ["loss", "loss_norm"] if site in ("input", "kernel") else []
-    allowed += {"kernel": ["normalise"], "input": ["pad"]}.get(site, [])
+    allowed += {"kernel": ["normalise"], "input": ["normalise", "pad"]}.get(site, [])
     if method.grouped or post_scale:
         allowed += ["per", "axis"] if site == "kernel" else ["per"]
     return allowed if method.start is None else [*allowed, "freeze_epoch"]
@@ -156,7 +156,8 @@ def _check(here: str, made: Quantizer, method: Method) -> None:
         able = {key: None for key in able if key in through.ROUNDING}
         names.pick(f"{here}.gradient (of {made.levels} levels)", made.gradient, able)
     names.pick(f"{here}.step_gradient", made.step_gradient, STEP_GRADIENTS)
-    names.pick(f"{here}.normalise", made.normalise, NORMALISATIONS)
+    able = NORMALISATIONS.get(made.site, {"none": "as it is"})
+    names.pick(f"{here}.normalise", made.normalise, able)
     names.pick(f"{here}.axis", made.axis, {"out": None, "in": None})
     if made.axis == "in" and made.per == "layer":
         raise UserError(f"{here}.axis='in': with per='layer' there is nothing to choose")

@@ -4,7 +4,9 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from jax import Array
+from jax import Array, lax
+
+from efficient_nets.ops import straight_through as through
 
 SITES = ("input", "kernel", "output", "gradient")
 STEP_GRADIENTS = {
@@ -15,10 +17,17 @@ STEP_GRADIENTS = {
     "1/sqrt(fan)": lambda n, fan, high: fan**-0.5,
     "sqrt(fan)": lambda n, fan, high: fan**0.5,
 }
-NORMALISATIONS = {
-    "none": "as it is",
-    "standard": "(x - mean) / deviation of its group",
-    "restored": "the same, multiplied and shifted back behind the quantizer",
+NORMALISATIONS = {  # by site; see `normalise`
+    "kernel": {
+        "none": "as it is",
+        "standard": "(x - mean) / deviation of its group",
+        "restored": "the same, multiplied and shifted back behind the quantizer",
+    },
+    "input": {
+        "none": "as it is",
+        "mean": "divided by mean |x| of its sample, and multiplied back behind the quantizer",
+        "variance": "the same with sqrt(mean x^2)",
+    },
 }
 Values = Mapping[str, Array]
 
@@ -44,6 +53,20 @@ class Rounded(NamedTuple):
     codes: Array | None = None
     scale: Array | None = None
     value: Array | None = None
+
+
+def value(found: Rounded) -> Array:
+    """The quantized value, with its gradient."""
+    if found.codes is None and found.value is None:
+        return found.surrogate
+    exact = found.codes * found.scale if found.value is None else found.value
+    return through.straight_through(lax.stop_gradient(exact), found.surrogate)
+
+
+def times(found: Rounded, factor: Array) -> Rounded:
+    """The quantized value times a factor that broadcasts to it, with the gradient of both."""
+    scale = None if found.scale is None else found.scale * lax.stop_gradient(factor)
+    return Rounded(value(found) * factor, found.codes, scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +129,9 @@ class Quantizer:
       step_gradient: Factor of the gradient of a learned step, a name in `STEP_GRADIENTS`.
       power_of_two: Rounds the scale to a power of two (its gradient straight through).
       zero_point: A whole-number zero point, so that a range need not be symmetric.
-      normalise: What is done to the values first, a name in `NORMALISATIONS`.
+      normalise: What is done to the values first, a name in `NORMALISATIONS` of the site: of a
+        kernel per group, of an input per sample (its first axis), so that no sample's value
+        depends on the others.
       post_scale: A learned factor behind it, one a group, that starts at 1.
       pad: 'after': a convolution pads with zeros behind the quantizer (a binary input then has
         three values); 'before': it pads first, and zeros are rounded as other values are.
