@@ -17,7 +17,8 @@ def to_integers(model: nnx.Module, *, settle: bool = False) -> nnx.Module:
     A kernel with codes on a uniform grid becomes int8, or int16 where its codes need it, beside its
     scales. Where the input of such a layer has codes too (see `ops.branch_maps`), the layer's map
     is one of whole numbers with sums in int32, and gives bit for bit what it gave before. A kernel
-    of a method without such a grid becomes its rounded values. Neither can be trained.
+    of a method without such a grid becomes its rounded values. Neither can be trained. Where a
+    schedule has stopped a quantizer, nothing is rounded, and its ranges are gone.
 
     Args:
       model: The trained net; it is left as it is.
@@ -28,16 +29,32 @@ def to_integers(model: nnx.Module, *, settle: bool = False) -> nnx.Module:
     for _, layer in layers.layers(model):
         if layer.ranges is None:
             continue
-        for found in layer.ranges.values():
-            if settle or is_settled(found):
-                found.quantizer, arrays = quantizers.settled(found.quantizer, found.arrays())
-                found.set(arrays)
-        sites = {name: layer.ranges[name].quantizer for name in layer.ranges}
-        sites = {name: q for name, q in sites.items() if name not in layer.spec.branches}
-        if layer.spec.precision.kernel is not None:
+        _settle(layer, settle)
+        sites = {name: found.quantizer for name, found in (layer.ranges or {}).items()}
+        of_kernels = [name for name in layer.spec.branches if sites.pop(name, None)]
+        if of_kernels:
             sites["kernel"] = _store(layer)
         layer.spec = dataclasses.replace(layer.spec, precision=Precision(**sites))
     return model
+
+
+def _settle(layer: layers.Layer, every: bool) -> None:
+    """Takes away the schedules that are over, and the quantizers that they have stopped."""
+    stopped = set()
+    for name, found in layer.ranges.items():
+        if every or is_settled(found):
+            end = quantizers.settled(found.quantizer, found.arrays())
+            if end is None:
+                stopped.add(name)
+                continue
+            found.quantizer, arrays = end
+            found.set(arrays)
+    _drop_ranges(layer, stopped)
+
+
+def _drop_ranges(layer: layers.Layer, names) -> None:
+    kept = {name: found for name, found in layer.ranges.items() if name not in names}
+    layer.ranges = nnx.data(nnx.Dict(kept) if kept else None)
 
 
 def is_settled(found: layers.Range) -> bool:
@@ -61,6 +78,5 @@ def _store(layer: layers.Layer) -> Quantizer | None:
         found.quantizer = stored
         found.set(arrays)
     if stored is None:
-        kept = {name: x for name, x in layer.ranges.items() if name not in layer.spec.branches}
-        layer.ranges = nnx.data(nnx.Dict(kept) if kept else None)
+        _drop_ranges(layer, layer.spec.branches)
     return stored

@@ -39,7 +39,7 @@ def save(model: nnx.Module, path: pathlib.Path | str) -> int:
     bits = {
         f"{path}/{branch}/kernel": layer.spec.precision.kernel.bits
         for path, layer in layers.layers(model)
-        if layer.spec.precision.kernel is not None
+        if layer.spec.precision.kernel is not None and not layer.spec.precision.kernel.stop_epoch
         for branch in layer.spec.branches
     }
     arrays, packed = {}, {}

@@ -114,6 +114,12 @@ def advance(ranges: Iterable[Range], epoch: Array | float) -> None:
         found.set(quantizers.advance(found.quantizer, found.arrays(), epoch))
 
 
+def hold(ranges: Iterable[Range], before: Iterable[Range]) -> None:
+    """Takes back what an optimizer's step did to ranges that their schedules have frozen."""
+    for found, old in zip(ranges, before, strict=True):
+        found.set(quantizers.held(found.quantizer, old.arrays(), found.arrays()))
+
+
 def losses(ranges: nnx.Dict | None, x: Array, branches: dict[str, Branch]) -> list[Array]:
     """The quantization losses of input and kernels, of those that have a weight."""
     found = []

@@ -8,6 +8,7 @@ from flax import nnx
 
 from efficient_nets import analysis, deploy, layers, models
 from efficient_nets.layers import BatchNorm, Conv, Dense, LayerSpec
+from efficient_nets.ops.precision import Precision
 
 EXACT = {
     "lsq 8": "lsq:w8a8",
@@ -114,6 +115,30 @@ def test_a_whole_net_with_schedules_that_are_over():
     assert found.stage1[0].conv1.w.kernel.dtype == jnp.int8
     # Before, `where` takes rounded or float values: the sums are not of whole numbers there.
     np.testing.assert_allclose(found(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_schedule_stopped_is_gone():
+    precision = dict(
+        kernel=dict(method="lsq", bits=4, float_epochs=1.0, stop_epoch=2.0),
+        input=dict(method="lsq", bits=4),
+    )
+    layer = Conv(4, 4, (3, 3), spec=LayerSpec(precision=precision), rngs=nnx.Rngs(0))
+    layer.eval()
+    x = jnp.abs(normal(2, 6, 6, 4))
+    for epoch, kind in ((0, jnp.float32), (1, jnp.float32), (2, jnp.float32)):
+        layers.advance(layer.ranges.values(), epoch)
+        found = deploy.to_integers(layer)
+        assert found.w.kernel.dtype == kind
+        np.testing.assert_array_equal(found(x), layer(x))
+    assert found.spec.precision.kernel is None and set(found.ranges) == {"input"}
+    np.testing.assert_array_equal(found.w.kernel[...], layer.w.kernel[...])
+    cost = analysis.model_cost(layer, (6, 6, 4))
+    assert cost["layers"][0].bits == 32 and cost["packed_bytes"] == cost["bytes"]
+
+    only = dict(input=dict(method="lsq", bits=4, stop_epoch=1.0))
+    layer = Conv(4, 4, (3, 3), spec=LayerSpec(precision=only), rngs=nnx.Rngs(0))
+    found = deploy.to_integers(layer, settle=True)
+    assert found.ranges is None and found.spec.precision == Precision()
 
 
 def test_norms_and_activation_stay_fused():

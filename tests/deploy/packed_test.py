@@ -71,7 +71,10 @@ def test_a_file_of_another_net(tmp_path):
 
 
 def test_schedules_must_be_over(tmp_path):
-    spec = dict(input=dict(method="lsq", bits=4, float_epochs=1.0))
+    spec = dict(
+        input=dict(method="lsq", bits=4, float_epochs=1.0),
+        kernel=dict(method="lsq", bits=4, stop_epoch=1.0),
+    )
     trained, x = net(spec), normal(4, 8, 8, 3)
     with pytest.raises(UserError, match="its schedule is not over"):
         deploy.save(trained, tmp_path / "net")

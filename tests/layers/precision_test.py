@@ -259,6 +259,38 @@ def test_float_epochs_collect_and_then_begin():
     assert float(found.step[0]) == seen
 
 
+STOPPED = {
+    "lsq": dict.fromkeys(("kernel", "input", "output"), dict(method="lsq", bits=2)),
+    "xnor": dict(
+        input=dict(method="xnor", k="box"),
+        kernel=dict(method="xnor++", case=3, size=(5, 5), post_scale=True),
+    ),
+    "minmax": dict(kernel=dict(method="twn"), input=dict(method="minmax", bits=4)),
+}
+
+
+@pytest.mark.parametrize("precision", STOPPED.values(), ids=STOPPED)
+def test_a_stopped_layer_is_one_in_float(precision):
+    schedule = dict(float_epochs=1.0, stop_epoch=2.0)
+    spec = LayerSpec(precision={site: fields | schedule for site, fields in precision.items()})
+    layer = Conv(3, 4, (3, 3), spec=spec, rngs=nnx.Rngs(0))
+    x = jnp.abs(normal(2, 5, 5, 3))
+    plain = layers.convert(_Net(layer), [dict(match="conv", precision="float")], jax.random.key(0))
+    expected = plain.conv(x)
+    for found in layer.ranges.values():  # that factors which learn would show
+        found.set(
+            found.arrays()._replace(learned={n: 2 * v for n, v in found.arrays().learned.items()})
+        )
+    for epoch, rounds in ((0, False), (1, True), (1.9, True), (2, False), (5, False)):
+        layers.advance(layer.ranges.values(), epoch)
+        before = jax.tree.map(jnp.copy, [found.arrays() for found in layer.ranges.values()])
+        y = layer(x)
+        assert np.allclose(y, expected, rtol=1e-5, atol=1e-6) != rounds
+        if epoch >= 2:  # and nothing moves, in training either
+            after = [found.arrays() for found in layer.ranges.values()]
+            jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
 def test_levels_fall_by_stages():
     spec = dict(input=dict(method="lsq", bits=2, stages=((0, 16), (1, 8), (3, 4))))
     layer = Dense(5, 3, use_bias=False, spec=LayerSpec(precision=spec), rngs=nnx.Rngs(0))

@@ -64,6 +64,7 @@ def test_long_forms_take_every_field():
         loss_norm="l1",
         float_epochs=1,
         freeze_epoch=9.5,
+        stop_epoch=20,
     )
     made = precision.parse(dict(kernel=fields)).kernel
     for name, value in fields.items():
@@ -214,6 +215,17 @@ INPUT = dict(site="input", method="lsq", bits=4)
         (KERNEL | dict(loss="much"), ".loss='much': give a number, at least 0"),
         (KERNEL | dict(float_epochs=float("nan")), ".float_epochs=nan: give a number"),
         (KERNEL | dict(freeze_epoch=float("inf")), ".freeze_epoch=inf: give a number"),
+        (KERNEL | dict(stop_epoch=-1), ".stop_epoch=-1: give a number, at least 0"),
+        (
+            KERNEL | dict(stop_epoch=2.0, float_epochs=2),
+            ".stop_epoch=2.0: give an epoch above 2, of float_epochs, or 0",
+        ),
+        (KERNEL | dict(stop_epoch=2, freeze_epoch=2.5), "above 2.5, of freeze_epoch, or 0"),
+        (KERNEL | dict(stop_epoch=2, stages=((0, 32), (3, 16))), "above 3, of stages, or 0"),
+        (
+            dict(site="gradient", method="dorefa", bits=2, stop_epoch=1),
+            ".stop_epoch: 'dorefa' does",
+        ),
         (
             dict(site="kernel", method="minmax", bits=4, zero_point=True),
             ".zero_point: it takes signed=False and more than 2 levels",

@@ -901,12 +901,13 @@ def test_loss(norm, x64):
 
 @pytest.mark.parametrize("method", ["lsq", "pact", "minmax", "lsq+", "dorefa"])
 def test_stages_are_quantizers_of_their_levels(method, x64):
-    """Each stage is as the quantizer of that many levels; before them, nothing is rounded."""
-    fields = dict(stages=((0, 16), (2, 8), (5, 4)), float_epochs=1.0)
+    """Each stage is as the quantizer of that many levels; before and behind, nothing is rounded."""
+    fields = dict(stages=((0, 16), (2, 8), (5, 4)), float_epochs=1.0, stop_epoch=7.5)
     staged = Case("input", method, levels=4, **fields)
     xs = values_of(staged, "edges")
     x = jnp.asarray(xs).reshape(staged.shape)
-    for epoch, levels in ((0, None), (1, 16), (2, 8), (4.5, 8), (5, 4), (9, 4)):
+    expected = ((0, None), (1, 16), (2, 8), (4.5, 8), (5, 4), (7, 4), (7.5, None), (9, None))
+    for epoch, levels in expected:
         case = Case("input", method, levels=levels or 4)
         learned, observed = jax.tree.map(jnp.asarray, arrays_of(case), is_leaf=_list)
         arrays = quantizers.Arrays(learned, observed | quantizers.phase(staged.spec, epoch))
@@ -915,9 +916,10 @@ def test_stages_are_quantizers_of_their_levels(method, x64):
         np.testing.assert_array_equal(found, x if levels is None else expected)
 
 
-def test_frozen_arrays_stay_where_they_are(x64):
-    for method, fields in (("lsq", {}), ("minmax", {}), ("lq", {})):
-        case = Case("input", method, levels=4, freeze_epoch=2.0, **fields)
+@pytest.mark.parametrize("field", ["freeze_epoch", "stop_epoch"])
+def test_frozen_arrays_stay_where_they_are(field, x64):
+    for method in ("lsq", "minmax", "lq"):
+        case = Case("input", method, levels=4, **{field: 2.0})
         x = jnp.asarray(values_of(case, "edges")).reshape(case.shape)
         base = jax.tree.map(jnp.asarray, arrays_of(Case("input", method, levels=4)), is_leaf=_list)
         for epoch, moves in ((1, True), (2, False), (3, False)):

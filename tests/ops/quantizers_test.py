@@ -160,6 +160,19 @@ def test_samples_are_normalised_on_their_own(method, normalise):
     np.testing.assert_array_equal(found == 0, quantizers.quantize(plain, normal, arrays) == 0)
 
 
+def test_a_schedule_is_nothing_to_calibrate():
+    """Values pass in float epochs, and the least error would be that of any range."""
+    x = values(make("lsq", "input", 4))
+    plain = quantizers.calibrate(make("lsq", "input", 4), x, "mse").learned
+    for fields in (
+        dict(float_epochs=1.0),
+        dict(stop_epoch=2.0),
+        dict(float_epochs=1, stop_epoch=2),
+    ):
+        found = quantizers.calibrate(make("lsq", "input", 4, **fields), x, "mse").learned
+        np.testing.assert_array_equal(found["step"], plain["step"])
+
+
 def test_a_sample_of_zeros_is_not_divided():
     for normalise in SIZES:
         spec = make("lsq", "input", 4, normalise=normalise)

@@ -40,6 +40,7 @@ __all__ = [
     "advance",
     "calibrate",
     "has_wide_codes",
+    "held",
     "is_over",
     "loss",
     "make",
@@ -91,9 +92,11 @@ def stored(quantizer: Quantizer, arrays: Arrays, rounded: Rounded) -> tuple[Quan
 
 
 def is_over(quantizer: Quantizer, arrays: Arrays) -> bool:
-    """Whether the schedule, if there is one, has come to its last levels."""
+    """Whether the schedule, if there is one, has come to its last levels, or to its stop."""
     if not quantizer.scheduled:
         return True
+    if quantizer.stop_epoch:
+        return bool(arrays.observed["stopped"])
     last = int(arrays.observed["stage"]) == max(len(quantizer.stages) - 1, 0)
     return last and bool(arrays.observed["active"])
 
@@ -106,8 +109,10 @@ def has_wide_codes(quantizer: Quantizer) -> bool:
     return (quantizer.method == "dorefa" or not quantizer.signed) and quantizer.levels > 128
 
 
-def settled(quantizer: Quantizer, arrays: Arrays) -> tuple[Quantizer, Arrays]:
-    """The same without its schedule, as that is in the end."""
+def settled(quantizer: Quantizer, arrays: Arrays) -> tuple[Quantizer, Arrays] | None:
+    """The same without its schedule, as that is in the end; None where it has stopped then."""
+    if quantizer.stop_epoch:
+        return None
     plain = dataclasses.replace(quantizer, float_epochs=0.0, freeze_epoch=0.0, stages=())
     phases = phase(quantizer, 0.0)
     observed = {
@@ -156,7 +161,7 @@ def calibrate(quantizer: Quantizer, x: Array, how: str = "own") -> Arrays:
         return Arrays(*(old | new for old, new in zip(arrays, found, strict=True)))
 
     if how == "mse":
-        plain = dataclasses.replace(quantizer, normalise="none", float_epochs=0.0)
+        plain = dataclasses.replace(quantizer, normalise="none", float_epochs=0.0, stop_epoch=0.0)
         lo, hi = ranges.least_error(quantizer, x, lambda lo, hi: quantize(plain, x, fitted(lo, hi)))
     else:
         lo, hi = getattr(ranges, how)(quantizer, x)
@@ -164,15 +169,21 @@ def calibrate(quantizer: Quantizer, x: Array, how: str = "own") -> Arrays:
 
 
 def phase(quantizer: Quantizer, epoch: Array | float) -> dict[str, Array]:
-    """What the schedule says of an epoch: stage, active, frozen."""
+    """What the schedule says of an epoch: stage, active, frozen, and stopped where it can be."""
     epoch = jnp.asarray(epoch, jnp.float32)
     begins = jnp.asarray([begin for begin, _ in quantizer.stages[1:]], jnp.float32)
-    frozen = jnp.logical_and(quantizer.freeze_epoch > 0, epoch >= quantizer.freeze_epoch)
+
+    def after(begin):  # 0: never
+        return jnp.logical_and(begin > 0, epoch >= begin)
+
+    stopped = after(quantizer.stop_epoch)
     found = {
         "stage": jnp.sum(begins <= epoch),
-        "active": epoch >= quantizer.float_epochs,
-        "frozen": frozen,
+        "active": jnp.logical_and(epoch >= quantizer.float_epochs, ~stopped),
+        "frozen": jnp.logical_or(after(quantizer.freeze_epoch), stopped),
     }
+    if quantizer.stop_epoch:
+        found["stopped"] = stopped
     return {name: value.astype(jnp.int32) for name, value in found.items()}
 
 
@@ -212,6 +223,18 @@ def advance(quantizer: Quantizer, arrays: Arrays, epoch: Array | float) -> Array
     return Arrays(learned, observed | now)
 
 
+def held(quantizer: Quantizer, before: Arrays, after: Arrays) -> Arrays:
+    """The arrays after a step of an optimizer; as before it where the schedule has frozen them.
+
+    Their gradient is 0 then, but momentum and weight decay would move them on.
+    """
+    if not quantizer.scheduled:
+        return after
+    frozen = before.observed["frozen"] > 0
+    kept = {name: jnp.where(frozen, x, after.learned[name]) for name, x in before.learned.items()}
+    return after._replace(learned=kept)
+
+
 def observe(quantizer: Quantizer, x: Array, arrays: Arrays) -> Arrays:
     """The arrays with the observed ones moved on by x. Without gradient."""
     found, before = method(quantizer).observe, arrays.observed
@@ -249,7 +272,7 @@ def rounded(
     if "post_scale" in learned:
         found = times(found, groups.spread(quantizer, learned["post_scale"].astype(x.dtype), x))
     found = undo(found)
-    if quantizer.float_epochs:
+    if quantizer.pauses:
         found = Rounded(jnp.where(observed["active"] > 0, value(found), x))
     if found.codes is None and found.value is None:
         return found._replace(value=lax.stop_gradient(found.surrogate))
@@ -268,7 +291,10 @@ def output_scale(quantizer: Quantizer | None, x: Array, arrays, linear_map) -> A
         return None
     if quantizer.site == "input" and quantizer.normalise != "none":
         x = normalised(quantizer, x.astype(wide(x.dtype)))[0]
-    return found(quantizer, x, arrays.learned, linear_map)
+    factor = found(quantizer, x, arrays.learned, linear_map)
+    if factor is None or not quantizer.pauses:
+        return factor
+    return jnp.where(arrays.observed["active"] > 0, factor, 1)
 
 
 def loss(quantizer: Quantizer, x: Array, arrays: Arrays) -> Array:

@@ -60,7 +60,8 @@ def _fields(site: str, method: Method, post_scale: bool) -> list[str]:
     """Fields of `Quantizer` that have an effect for this method at this site."""
     if site == "gradient":
         return ["levels"]
-    allowed = ["levels", "signed", "gradient", "float_epochs", "post_scale", *method.takes]
+    allowed = ["levels", "signed", "gradient", "post_scale", *method.takes]
+    allowed += ["float_epochs", "stop_epoch"]
     allowed += ["loss", "loss_norm"] if site in ("input", "kernel") else []
     allowed += {"kernel": ["normalise"], "input": ["normalise", "pad"]}.get(site, [])
     if method.grouped or post_scale:
@@ -171,13 +172,14 @@ def _check(here: str, made: Quantizer, method: Method) -> None:
             raise UserError(f"{here}.per={made.per!r}: give a number, as in '{kind}:4'")
     else:
         names.pick(f"{here}.per", made.per, {"layer": 0, "channel": 0, "groups:n": 0, "size:n": 0})
-    for field in ("loss", "float_epochs", "freeze_epoch"):
+    for field in ("loss", "float_epochs", "freeze_epoch", "stop_epoch"):
         value = getattr(made, field)
         if not _number(value) or not 0 <= value < math.inf:
             raise UserError(f"{here}.{field}={value!r}: give a number, at least 0")
     if made.zero_point and (made.signed or made.levels == 2):
         raise UserError(f"{here}.zero_point: it takes signed=False and more than 2 levels")
     _check_stages(here, made)
+    _check_stop(here, made)
 
 
 def _check_stages(here: str, made: Quantizer) -> None:
@@ -191,3 +193,15 @@ def _check_stages(here: str, made: Quantizer) -> None:
             f"{here}.stages={made.stages}: the last must have levels={made.levels}, and each of "
             f"them 3 to {MAX_LEVELS}"
         )
+
+
+def _check_stop(here: str, made: Quantizer) -> None:
+    """What would begin when nothing is rounded any more has no effect."""
+    begins = {"float_epochs": made.float_epochs, "freeze_epoch": made.freeze_epoch}
+    begins["stages"] = made.stages[-1][0] if made.stages else 0.0
+    for field, epoch in begins.items():
+        if made.stop_epoch and made.stop_epoch <= epoch:
+            raise UserError(
+                f"{here}.stop_epoch={made.stop_epoch}: give an epoch above {epoch}, of {field}, or "
+                "0"
+            )

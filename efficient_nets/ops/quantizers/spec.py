@@ -139,6 +139,8 @@ class Quantizer:
         being 1 for 'l1' and 2 for 'l2'.
       float_epochs: Epochs at the beginning in which nothing is rounded, and ranges are observed.
       freeze_epoch: The epoch at which ranges stop moving; 0: never.
+      stop_epoch: The epoch from which nothing is rounded again, and ranges do not move; 0: never.
+        It is above the other epochs; a net for use is without such a quantizer.
       stages: `(epoch, levels)` pairs: levels before the last ones. `((0, 16), (2, 8))` has 16
         levels, 8 from epoch 2 on; `levels` are those of the last stage.
       options: The method's own, as sorted pairs.
@@ -161,6 +163,7 @@ class Quantizer:
     loss_norm: str = "l2"
     float_epochs: float = 0.0
     freeze_epoch: float = 0.0
+    stop_epoch: float = 0.0
     stages: tuple[tuple[float, int], ...] = ()
     options: tuple[tuple[str, Any], ...] = ()
 
@@ -175,7 +178,12 @@ class Quantizer:
     @property
     def scheduled(self) -> bool:
         """Whether the epoch decides what it does, see `layers.advance`."""
-        return bool(self.float_epochs or self.freeze_epoch or self.stages)
+        return bool(self.float_epochs or self.freeze_epoch or self.stop_epoch or self.stages)
+
+    @property
+    def pauses(self) -> bool:
+        """Whether there are epochs in which values pass as they are."""
+        return bool(self.float_epochs or self.stop_epoch)
 
 
 def code_range(levels: int, signed: bool) -> tuple[int, int]:
