@@ -39,7 +39,7 @@ __all__ = [
     "Rounded",
     "advance",
     "calibrate",
-    "has_wide_codes",
+    "code_bounds",
     "held",
     "is_over",
     "loss",
@@ -86,9 +86,12 @@ def method(quantizer: Quantizer) -> Method:
 
 def stored(quantizer: Quantizer, arrays: Arrays, rounded: Rounded) -> tuple[Quantizer, Arrays]:
     """The quantizer, and its arrays, that a kernel of this one's codes has."""
-    spec = Quantizer("kernel", "stored", quantizer.levels, quantizer.signed, "layer", "identity")
+    made = Quantizer(
+        *("kernel", "stored", quantizer.levels, quantizer.signed, "layer", "identity"),
+        options=(("bounds", code_bounds(quantizer)),),
+    )
     factors = {name: x for name, x in arrays.learned.items() if binary.is_factor(name)}
-    return spec, Arrays(factors, {"scale": rounded.scale})
+    return made, Arrays(factors, {"scale": rounded.scale})
 
 
 def is_over(quantizer: Quantizer, arrays: Arrays) -> bool:
@@ -101,12 +104,17 @@ def is_over(quantizer: Quantizer, arrays: Arrays) -> bool:
     return last and bool(arrays.observed["active"])
 
 
-def has_wide_codes(quantizer: Quantizer) -> bool:
-    """Whether a kernel's codes may lie outside of -128 ... 127.
+def code_bounds(quantizer: Quantizer) -> tuple[int, int]:
+    """Between which its codes lie, in each of its stages.
 
-    DoReFa's are `1-L ... L-1` in steps of 2; a zero point makes them as wide.
+    DoReFa's of a kernel are `1-L ... L-1` in steps of 2; a zero point makes them as wide.
     """
-    return (quantizer.method == "dorefa" or not quantizer.signed) and quantizer.levels > 128
+    if quantizer.method == "stored":
+        return quantizer.option("bounds")
+    levels = max([quantizer.levels, *(levels for _, levels in quantizer.stages)])
+    if quantizer.zero_point or (quantizer.method, quantizer.site) == ("dorefa", "kernel"):
+        return 1 - levels, levels - 1
+    return spec.code_range(levels, quantizer.signed)
 
 
 def settled(quantizer: Quantizer, arrays: Arrays) -> tuple[Quantizer, Arrays] | None:
