@@ -247,7 +247,7 @@ def train_step(
 
     gradient, (stats, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
     updates, optimizer = run.optimizer.update(gradient, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params = _held(run, state, optax.apply_updates(state.params, updates))
     accumulate = run.config.optimizer.accumulate
     metrics["gradient_norm"] = optax.tree.norm(gradient)
     metrics["parameter_norm"] = optax.tree.norm(params)
@@ -260,6 +260,19 @@ def train_step(
         optimizer=optimizer,
         ema=_moved(run, state, params, stats),
     ), metrics
+
+
+def _held(run: Experiment, state: TrainState, params):
+    """The parameters with the ranges that their schedules have frozen as they were."""
+    models = [nnx.merge(run.graph, found, state.stats) for found in (params, state.params)]
+    new, old = (
+        [found for _, found in layers.ranges(model) if found.quantizer.scheduled]
+        for model in models
+    )
+    if not new:
+        return params
+    layers.hold(new, old)
+    return nnx.to_pure_dict(nnx.state(models[0], nnx.Param))
 
 
 def _advanced(run: Experiment, state: TrainState) -> TrainState:

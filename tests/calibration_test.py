@@ -15,7 +15,7 @@ from efficient_nets.errors import UserError
 from tests.train_test import tiny
 
 PRECISION = dict(
-    kernel=dict(method="lsq", bits=4, loss=0.1),
+    kernel=dict(method="lsq", bits=4, loss=0.1, stop_epoch=3.0),
     input=dict(method="lsq", bits=2, float_epochs=1.0, stages=((0, 16), (2, 4))),
 )
 
@@ -61,14 +61,19 @@ def test_a_step_follows_the_schedules_and_adds_the_losses(run, started):
     batch = next(data.train_batches(run.dataset.train, 32, seed=0))
     step = jax.jit(functools.partial(training.train_step, run))
     phases = {}
-    for epoch in (0, 1, 2):
+    for epoch in (0, 1, 2, 3):
+        before = ranges_of(run, state)["stage1/0/conv1/ranges/w"]
         at = state._replace(step=jnp.asarray(epoch * run.epoch_steps, jnp.int32))
         state, metrics = step(at, batch, resident)
         found = ranges_of(run, state)["stage1/0/conv1/ranges/input"]
         phases[epoch] = int(found.active[...]), int(found.stage[...])
-        assert float(metrics["quantization_loss"]) > 0
+        # In the last epoch kernels are not rounded any more.
+        assert (float(metrics["quantization_loss"]) > 0) == (epoch < 3)
         assert float(metrics["loss"]) > 0
-    assert phases == {0: (0, 0), 1: (1, 0), 2: (1, 1)}
+        kernel = ranges_of(run, state)["stage1/0/conv1/ranges/w"]
+        assert int(kernel.active[...]) == int(not kernel.stopped[...]) == (epoch < 3)
+        assert (kernel.step[0] != before.step[0]) == (epoch < 3)
+    assert phases == {0: (0, 0), 1: (1, 0), 2: (1, 1), 3: (1, 1)}
 
 
 def test_the_averaged_net_follows_the_schedules_too(run, started):

@@ -35,6 +35,21 @@ def pytest_configure(config):
 
 
 @pytest.fixture
+def tpu(monkeypatch):
+    """A TPU v5e core that is not there, to compile for."""
+    pytest.importorskip("libtpu")
+    from jax.experimental import topologies
+
+    for name, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    }.items():
+        monkeypatch.setenv(name, value)
+    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2x1").devices[0]
+
+
+@pytest.fixture
 def command(monkeypatch, capsys):
     """Runs `python -m efficient_nets.main` in this process: `status, stdout, stderr`."""
     from absl import flags

@@ -118,7 +118,7 @@ def _layer_cost(path: str, layer: Layer, input_shape, output_shape) -> LayerCost
     params, size = _parameters(layer)
     item = jnp.dtype(geometry.param_dtype).itemsize
     bits, input_bits = (
-        8 * item if quantizer is None else quantizer.bits
+        8 * item if quantizer is None or quantizer.stop_epoch else quantizer.bits
         for quantizer in (spec.precision.kernel, spec.precision.input)
     )
     packed = size

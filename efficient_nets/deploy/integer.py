@@ -5,39 +5,68 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
-from efficient_nets import layers
-from efficient_nets.ops import quantizers
+from efficient_nets import layers, names
+from efficient_nets.ops import branch_maps, quantizers
 from efficient_nets.ops.precision import Precision
 from efficient_nets.ops.quantizers import Quantizer
 
+OPERANDS = {
+    "int8": "kernels in int8, and int8 times int8 where the input's codes fit too",
+    "int4": "the same in int4 where the codes of a layer's kernels and its input fit; on other "
+    "platforms than TPUs these are widened to int8 before the map",
+}
 
-def to_integers(model: nnx.Module, *, settle: bool = False) -> nnx.Module:
+
+def to_integers(model: nnx.Module, *, settle: bool = False, operands: str = "int8") -> nnx.Module:
     """A copy in evaluation mode whose rounded kernels are whole numbers.
 
     A kernel with codes on a uniform grid becomes int8, or int16 where its codes need it, beside its
     scales. Where the input of such a layer has codes too (see `ops.branch_maps`), the layer's map
     is one of whole numbers with sums in int32, and gives bit for bit what it gave before. A kernel
-    of a method without such a grid becomes its rounded values. Neither can be trained.
+    of a method without such a grid becomes its rounded values. Neither can be trained. Where a
+    schedule has stopped a quantizer, nothing is rounded, and its ranges are gone.
 
     Args:
       model: The trained net; it is left as it is.
       settle: Takes the schedules of quantizers as over, whatever the net's values say.
+      operands: 'int8' or 'int4', the narrowest type of what is multiplied, see `OPERANDS`; the
+        outputs are the same bit for bit. A net of whole numbers can be given the other one.
+
+    Raises:
+      UserError: on another name of operands.
     """
+    names.pick("operands", operands, OPERANDS)
     model = nnx.merge(*nnx.split(model))
     model.eval()
     for _, layer in layers.layers(model):
         if layer.ranges is None:
             continue
-        for found in layer.ranges.values():
-            if settle or is_settled(found):
-                found.quantizer, arrays = quantizers.settled(found.quantizer, found.arrays())
-                found.set(arrays)
-        sites = {name: layer.ranges[name].quantizer for name in layer.ranges}
-        sites = {name: q for name, q in sites.items() if name not in layer.spec.branches}
-        if layer.spec.precision.kernel is not None:
-            sites["kernel"] = _store(layer)
+        _settle(layer, settle)
+        sites = {name: found.quantizer for name, found in (layer.ranges or {}).items()}
+        of_kernels = [name for name in layer.spec.branches if sites.pop(name, None)]
+        if of_kernels:
+            sites["kernel"] = _store(layer, operands, sites.get("input"))
         layer.spec = dataclasses.replace(layer.spec, precision=Precision(**sites))
     return model
+
+
+def _settle(layer: layers.Layer, every: bool) -> None:
+    """Takes away the schedules that are over, and the quantizers that they have stopped."""
+    stopped = set()
+    for name, found in layer.ranges.items():
+        if every or is_settled(found):
+            end = quantizers.settled(found.quantizer, found.arrays())
+            if end is None:
+                stopped.add(name)
+                continue
+            found.quantizer, arrays = end
+            found.set(arrays)
+    _drop_ranges(layer, stopped)
+
+
+def _drop_ranges(layer: layers.Layer, names) -> None:
+    kept = {name: found for name, found in layer.ranges.items() if name not in names}
+    layer.ranges = nnx.data(nnx.Dict(kept) if kept else None)
 
 
 def is_settled(found: layers.Range) -> bool:
@@ -45,7 +74,16 @@ def is_settled(found: layers.Range) -> bool:
     return quantizers.is_over(found.quantizer, found.arrays())
 
 
-def _store(layer: layers.Layer) -> Quantizer | None:
+def _kernel_type(kernel: Quantizer, operands: str, of_input: Quantizer | None) -> jnp.dtype:
+    """The narrowest type of a kernel's codes."""
+    low, high = quantizers.code_bounds(kernel)
+    narrow = operands == "int4" and of_input is not None
+    narrow = narrow and branch_maps.fits(quantizers.code_bounds(of_input), jnp.int4)
+    able = [jnp.int4, jnp.int8, jnp.int16] if narrow else [jnp.int8, jnp.int16]
+    return next(x for x in able if jnp.iinfo(x).min <= low and high <= jnp.iinfo(x).max)
+
+
+def _store(layer: layers.Layer, operands: str, of_input: Quantizer | None) -> Quantizer | None:
     """Puts what is computed with in place of the kernels; gives the quantizer that reads it."""
     stored = None
     for name, branch in zip(layer.spec.branches, layer.branches, strict=True):
@@ -55,12 +93,11 @@ def _store(layer: layers.Layer) -> Quantizer | None:
         if rounded.codes is None:
             branch.kernel = nnx.Param(quantizers.value(rounded))
             continue
-        dtype = jnp.int16 if quantizers.has_wide_codes(quantizer) else jnp.int8
+        dtype = _kernel_type(quantizer, operands, of_input)
         branch.kernel = layers.Codes(rounded.codes.astype(dtype))
         stored, arrays = quantizers.stored(quantizer, arrays, rounded)
         found.quantizer = stored
         found.set(arrays)
     if stored is None:
-        kept = {name: x for name, x in layer.ranges.items() if name not in layer.spec.branches}
-        layer.ranges = nnx.data(nnx.Dict(kept) if kept else None)
+        _drop_ranges(layer, layer.spec.branches)
     return stored

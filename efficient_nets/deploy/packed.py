@@ -24,7 +24,7 @@ VALUES = ":values"
 
 
 def save(model: nnx.Module, path: pathlib.Path | str) -> int:
-    """Writes what `to_integers(model)` computes with.
+    """Writes what `to_integers(model)` computes with; a net of int4 operands is as one of int8.
 
     Returns:
       The file's bytes: the layer table's `packed_bytes`, and beside them running averages, values
@@ -37,9 +37,9 @@ def save(model: nnx.Module, path: pathlib.Path | str) -> int:
         if not is_settled(found):
             raise UserError(f"{name}: its schedule is not over, so the net is not what it will be")
     bits = {
-        f"{path}/{branch}/kernel": layer.spec.precision.kernel.bits
+        f"{path}/{branch}/kernel".removeprefix("/"): layer.spec.precision.kernel.bits
         for path, layer in layers.layers(model)
-        if layer.spec.precision.kernel is not None
+        if layer.spec.precision.kernel is not None and not layer.spec.precision.kernel.stop_epoch
         for branch in layer.spec.branches
     }
     arrays, packed = {}, {}
@@ -57,17 +57,18 @@ def save(model: nnx.Module, path: pathlib.Path | str) -> int:
     return path.stat().st_size
 
 
-def load(model: nnx.Module, path: pathlib.Path | str) -> nnx.Module:
+def load(model: nnx.Module, path: pathlib.Path | str, *, operands: str = "int8") -> nnx.Module:
     """The net that `save` wrote, in evaluation mode.
 
     Args:
       model: A net of the same architecture and layers, with any values.
       path: The file.
+      operands: As `to_integers` takes them, whichever the net had that was saved.
 
     Raises:
       UserError: if the file is of another net; names a leaf that differs.
     """
-    net = to_integers(model, settle=True)
+    net = to_integers(model, settle=True, operands=operands)
     with safe_open(path, "np") as file:
         packed = json.loads(file.metadata()["packed"])
         found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -77,6 +78,9 @@ def load(model: nnx.Module, path: pathlib.Path | str) -> nnx.Module:
         columns = np.arange(entry["shape"][-1]) if len(values) > 1 else 0
         found[name] = values[columns, indices]
     expected = _leaves(net)
+    for name in expected.keys() & found.keys():
+        if expected[name].dtype == jnp.int4 and np.all(found[name] == found[name].astype(jnp.int4)):
+            found[name] = found[name].astype(jnp.int4)
     for name in sorted({*expected, *found}):
         here, there = (
             f"{x[name].dtype}{list(x[name].shape)}" if name in x else "nothing"

@@ -16,7 +16,7 @@ from efficient_nets.layers.norm import (
     LayerNorm,
 )
 from efficient_nets.layers.observe import watched
-from efficient_nets.layers.precision import Codes, Range, advance
+from efficient_nets.layers.precision import Codes, Range, advance, hold
 from efficient_nets.layers.rules import convert, layers, ranges, set_compute_dtype
 from efficient_nets.layers.spec import LayerSpec
 
@@ -36,6 +36,7 @@ __all__ = [
     "calibrate",
     "collecting",
     "convert",
+    "hold",
     "kaiming_normal",
     "layer_norm_act",
     "layers",

@@ -83,11 +83,11 @@ def make(
 
 
 def _typical(quantizer: Quantizer, channels: int) -> Array:
-    """`(256, channels)` quantiles of a normal distribution, the same for each channel."""
+    """A sample `(1, 256, channels)`: quantiles of a normal distribution, alike for each channel."""
     shares = (jnp.arange(256, dtype=jnp.float32) + 0.5) / 256
     values = jax.scipy.stats.norm.ppf(shares)
     values = values if quantizer.signed else jnp.maximum(values, 0)
-    return jnp.broadcast_to(jnp.expand_dims(values, 1), (256, channels))
+    return jnp.broadcast_to(values.reshape(1, -1, 1), (1, 256, channels))
 
 
 def arrays(ranges: nnx.Dict | None, branches: Sequence[str]) -> Ranges:
@@ -112,6 +112,12 @@ def advance(ranges: Iterable[Range], epoch: Array | float) -> None:
     """Moves the ranges to what their schedules say of this epoch, a step's beginning."""
     for found in ranges:
         found.set(quantizers.advance(found.quantizer, found.arrays(), epoch))
+
+
+def hold(ranges: Iterable[Range], before: Iterable[Range]) -> None:
+    """Takes back what an optimizer's step did to ranges that their schedules have frozen."""
+    for found, old in zip(ranges, before, strict=True):
+        found.set(quantizers.held(found.quantizer, old.arrays(), found.arrays()))
 
 
 def losses(ranges: nnx.Dict | None, x: Array, branches: dict[str, Branch]) -> list[Array]:

@@ -20,7 +20,7 @@ from jax import Array, lax
 from efficient_nets.ops import forms, linear_maps, quantizers
 from efficient_nets.ops.precision import Precision
 from efficient_nets.ops.quantizers import Arrays, Quantizer
-from efficient_nets.ops.quantizers.spec import Rounded, code_range
+from efficient_nets.ops.quantizers.spec import Rounded
 from efficient_nets.ops.straight_through import straight_through
 
 # Arrays of the quantizers: of 'kernel' a tuple, one a branch.
@@ -55,6 +55,33 @@ def observe(precision: Precision, x: Array, kernels: Sequence[Array], ranges: Ra
     return moved
 
 
+def learned_of(ranges: Ranges) -> dict:
+    """The learned arrays alone, in the structure of the ranges."""
+    return jax.tree.map(lambda arrays: arrays.learned, ranges, is_leaf=_is_arrays)
+
+
+def with_learned(ranges: Ranges, learned: dict) -> Ranges:
+    return jax.tree.map(
+        lambda arrays, learned: arrays._replace(learned=learned),
+        ranges,
+        learned,
+        is_leaf=_is_arrays,
+    )
+
+
+def cotangent_of(learned: dict) -> dict:
+    """Of ranges, from that of the learned arrays: what is observed has none."""
+
+    def one(found):
+        return tuple(map(one, found)) if isinstance(found, tuple) else Arrays(found, None)
+
+    return {site: one(found) for site, found in learned.items()}
+
+
+def _is_arrays(node) -> bool:
+    return isinstance(node, Arrays)
+
+
 def branch_maps(
     precision: Precision,
     linear_map: linear_maps.DenseMap | linear_maps.ConvMap,
@@ -72,9 +99,7 @@ def branch_maps(
       x, kernels: As `linear_map` takes them.
       ranges: Of the quantizers that precision has.
     """
-    if precision.input is not None and precision.input.pad == "before":
-        x, linear_map = linear_map.padded(x)
-    x_rounded = _rounded(precision.input, x, ranges.get("input"))
+    x_rounded, padless = _rounded_input(precision.input, linear_map, x, ranges.get("input"))
     of_kernels = ranges.get("kernel", (None,) * len(kernels))
     rounded = [_rounded(precision.kernel, *pair) for pair in zip(kernels, of_kernels, strict=True)]
     z = {}
@@ -83,12 +108,12 @@ def branch_maps(
         own = [kernels[i] for i in positions]
         exact = None
         if kind == "x" and _has_codes(x_rounded, parts):
-            exact = lax.stop_gradient(_of_codes(precision, linear_map, x, x_rounded, own, parts))
+            exact = lax.stop_gradient(_of_codes(precision, padless, x, x_rounded, own, parts))
         if exact is not None and not _trainable(own):
             z[kind] = exact
         else:
             values = [_value(part, kernel, x) for part, kernel in zip(parts, own, strict=True)]
-            z[kind] = READS[kind](linear_map, _value(x_rounded, x, x), values)
+            z[kind] = READS[kind](padless, _value(x_rounded, x, x), values)
             z[kind] = z[kind] if exact is None else straight_through(exact, z[kind])
         z[kind] = _scaled_output(
             precision, linear_map, x, ranges, [of_kernels[i] for i in positions], z[kind]
@@ -100,6 +125,14 @@ def branch_maps(
 
 def _rounded(quantizer, x: Array, arrays: Arrays | None) -> Rounded | None:
     return None if quantizer is None else quantizers.rounded(quantizer, x, arrays)
+
+
+def _rounded_input(quantizer: Quantizer | None, linear_map, x: Array, arrays: Arrays | None):
+    """The rounded input, and the map of it: with pad='before' it is padded already."""
+    if quantizer is None or quantizer.pad != "before":
+        return _rounded(quantizer, x, arrays), linear_map
+    rounded = quantizers.rounded(quantizer, x, arrays, lambda x: linear_map.padded(x)[0])
+    return rounded, linear_map.padded(x)[1]
 
 
 def _value(rounded: Rounded | None, x: Array, like: Array) -> Array:
@@ -142,20 +175,48 @@ def _of_codes(precision, linear_map, x, x_rounded, own, kernels: Sequence[Rounde
 def _integer_sums(quantizer: Quantizer, linear_map, codes: Array, kernels) -> Array:
     """The map of whole numbers, in int32: `(..., B*C)`.
 
-    Operands are int8 where the codes fit. 0 ... 255 are moved down by 128, which 128 times the sum
-    of a feature's weights makes good; what is padded is 0 before that.
+    Operands are of the kernels' type where the codes fit, else int32. 0 ... 255 are moved down by
+    128, or 0 ... 15 by 8 for int4, which that many times the sum of a feature's weights makes good;
+    what is padded is 0 before that.
     """
-    low, high = code_range(quantizer.levels, quantizer.signed)
-    if quantizer.zero_point or any(kernel.dtype != jnp.int8 for kernel in kernels):
-        wide = [kernel.astype(jnp.int32) for kernel in kernels]
-        return linear_map(codes.astype(jnp.int32), wide)
-    if -128 <= low and high <= 127:
-        return linear_map(codes.astype(jnp.int8), kernels, out=jnp.int32)
-    codes, linear_map = linear_map.padded(codes.astype(jnp.int32))
-    sums = linear_map((codes - 128).astype(jnp.int8), kernels, out=jnp.int32)
+    codes, operand = codes.astype(jnp.int32), kernels[0].dtype
+    low, high = quantizers.code_bounds(quantizer)
+    least, most = int(jnp.iinfo(operand).min), int(jnp.iinfo(operand).max)
+    if operand == jnp.int16 or not fits((low, high), operand):
+        return linear_map(codes, [kernel.astype(jnp.int32) for kernel in kernels])
+    if least <= low and high <= most:
+        return _narrow_sums(linear_map, codes, kernels)
+    shift = low - least
+    codes, linear_map = linear_map.padded(codes)
+    sums = _narrow_sums(linear_map, codes - shift, kernels)
     columns = [jnp.sum(k.astype(jnp.int32), axis=tuple(range(k.ndim - 1))) for k in kernels]
-    added = 128 * linear_maps.fuse(columns, linear_map.groups)
+    added = shift * linear_maps.fuse(columns, linear_map.groups)
     return sums + added.reshape(*(1,) * (sums.ndim - 1), -1)
+
+
+def fits(bounds: tuple[int, int], dtype: jnp.dtype) -> bool:
+    """Whether whole numbers between these bounds, moved by a constant, fit in a type."""
+    return bounds[1] - bounds[0] < 2 ** jnp.iinfo(dtype).bits
+
+
+def _narrow_sums(linear_map, codes: Array, kernels: Sequence[Array]) -> Array:
+    """The map of operands in the kernels' type, sums in int32.
+
+    int4 is multiplied as such on TPUs; elsewhere as int8, which gives the same: XLA:CPU has no int4
+    convolution.
+    """
+
+    def sums(codes, *kernels):
+        return linear_map(codes.astype(kernels[0].dtype), kernels, out=jnp.int32)
+
+    if kernels[0].dtype != jnp.int4:
+        return sums(codes, *kernels)
+    return lax.platform_dependent(
+        codes,
+        *kernels,
+        tpu=sums,
+        default=lambda codes, *kernels: sums(codes, *(k.astype(jnp.int8) for k in kernels)),
+    )
 
 
 def _scaled_output(precision: Precision, linear_map, x, ranges, of_kernels, z: Array) -> Array:

@@ -250,42 +250,15 @@ def _hybrid_forward(static, *arguments):
     return out, (arguments[:-1], out[1])
 
 
-def _learned(ranges: Ranges) -> dict:
-    """The learned arrays alone, in the structure of the ranges."""
-    return jax.tree.map(lambda arrays: arrays.learned, ranges, is_leaf=_is_arrays)
-
-
-def _with_learned(ranges: Ranges, learned: dict) -> Ranges:
-    return jax.tree.map(
-        lambda arrays, learned: arrays._replace(learned=learned),
-        ranges,
-        learned,
-        is_leaf=_is_arrays,
-    )
-
-
-def _cotangent(learned: dict) -> dict:
-    """Of ranges, from that of the learned arrays: what is observed has none."""
-
-    def one(found):
-        return tuple(map(one, found)) if isinstance(found, tuple) else Arrays(found, None)
-
-    return {site: one(found) for site, found in learned.items()}
-
-
-def _is_arrays(node) -> bool:
-    return isinstance(node, Arrays)
-
-
 def _hybrid_backward(static: Unit, saved, cotangents):
     # A barrier before each pass over the products: XLA must read them again, it may not carry the
     # last pass's intermediates along.
     saved, g = lax.optimization_barrier((saved, cotangents[0]))
     (x, kernels, biases, branch_norms, outer_norm, bias), statistics = saved
-    learned = _learned(statistics.ranges)
+    learned = branch_maps.learned_of(statistics.ranges)
 
     def maps(x, kernels, learned):
-        return _maps(static, x, kernels, _with_learned(statistics.ranges, learned))
+        return _maps(static, x, kernels, branch_maps.with_learned(statistics.ranges, learned))
 
     z, transpose = jax.vjp(maps, x, kernels, learned)
 
@@ -353,7 +326,7 @@ def _hybrid_backward(static: Unit, saved, cotangents):
     d_z = {kind: value.astype(z[kind].dtype) for kind, value in _fuse(static, d_zs).items()}
     d_z = lax.optimization_barrier(d_z)
     d_x, d_kernels, d_learned = transpose(d_z)
-    d_ranges = _cotangent(d_learned | d_output)
+    d_ranges = branch_maps.cotangent_of(d_learned | d_output)
     d_biases = None
     if biases is not None:
         d_biases = tuple(map(_bias_gradient, d_zs, biases, branch_norms or (None,) * len(biases)))

@@ -124,7 +124,7 @@ def switched(stats: Mapping[str, Any], on: Sequence[str]) -> Any:
 
 def switchable(precision: Any) -> Precision:
     """A precision whose quantizers have a switch and no other schedule; none at the gradient."""
-    plain = dict(freeze_epoch=0.0, stages=(), float_epochs=1.0)
+    plain = dict(freeze_epoch=0.0, stop_epoch=0.0, stages=(), float_epochs=1.0)
     found = precisions.parse(precision).quantizers
     sites = {site: q for site, q in found.items() if site != "gradient"}
     return Precision(**{site: dataclasses.replace(q, **plain) for site, q in sites.items()})

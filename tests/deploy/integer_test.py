@@ -1,5 +1,7 @@
 """Nets of whole numbers give what the rounded ones give, bit for bit."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,9 @@ import pytest
 from flax import nnx
 
 from efficient_nets import analysis, deploy, layers, models
+from efficient_nets.errors import UserError
 from efficient_nets.layers import BatchNorm, Conv, Dense, LayerSpec
+from efficient_nets.ops.precision import Precision
 
 EXACT = {
     "lsq 8": "lsq:w8a8",
@@ -19,6 +23,10 @@ EXACT = {
         kernel=dict(method="minmax", bits=8, per="channel"),
         input=dict(method="minmax", bits=8, signed=False, zero_point=True),
         output=dict(method="lsq", bits=8, signed=True),
+    ),
+    "normalised": dict(
+        kernel=dict(method="lsq", bits=4),
+        input=dict(method="lsq", bits=8, normalise="mean", pad="before"),
     ),
     "scaled": dict(
         kernel=dict(method="xnor++", case=3, size=(3, 3)), input=dict(method="xnor", k="box")
@@ -110,6 +118,107 @@ def test_a_whole_net_with_schedules_that_are_over():
     assert found.stage1[0].conv1.w.kernel.dtype == jnp.int8
     # Before, `where` takes rounded or float values: the sums are not of whole numbers there.
     np.testing.assert_allclose(found(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+INT4 = {  # kernels in int4 or not, as codes of kernel and input fit
+    "lsq:w4a4": True,  # codes of the input are 0 ... 15, moved down by 8
+    "bireal": True,
+    "dorefa:w3a2": True,  # -7 ... 7 in steps of 2
+    "w=lsq:4,a=lsq:5": False,
+    "w=dorefa:4,a=lsq:4": False,
+    "w=lsq:4": False,
+}
+
+
+@pytest.mark.parametrize(("precision", "narrow"), INT4.items(), ids=INT4)
+def test_int4_operands_give_the_same_bits(precision, narrow):
+    x = normal(2, 6, 6, 8) if precision == "bireal" else jnp.abs(normal(2, 6, 6, 8))
+    spec = LayerSpec(neuron="ours", precision=precision)
+    layer = in_use(Conv(8, 6, (3, 3), strides=2, groups=2, spec=spec, rngs=nnx.Rngs(0)), x)
+    found, whole = deploy.to_integers(layer, operands="int4"), deploy.to_integers(layer)
+    assert found.a.kernel.dtype == (jnp.int4 if narrow else jnp.int8)
+    np.testing.assert_array_equal(found(x), layer(x))
+    np.testing.assert_array_equal(jax.jit(lambda x: found(x))(x), jax.jit(lambda x: whole(x))(x))
+    wide = deploy.to_integers(found)  # and back
+    assert wide.a.kernel.dtype == jnp.int8
+    again = deploy.to_integers(wide, operands="int4")
+    assert again.a.kernel.dtype == found.a.kernel.dtype
+    np.testing.assert_array_equal(again.a.kernel[...], found.a.kernel[...])
+
+
+@pytest.mark.parametrize("operands", ["int8", "int4"])
+def test_codes_of_an_earlier_stage_have_room(operands):
+    fields = dict(method="lsq", bits=4, stages=((0, 256), (2, 16)))
+    spec = LayerSpec(neuron="t4", precision=dict(kernel=fields, input=fields))
+    layer = in_use(Dense(20, 6, spec=spec, rngs=nnx.Rngs(0)), jnp.abs(normal(5, 20)))
+    x = 100 * jnp.abs(normal(5, 20))  # all of them the highest code
+    found = deploy.to_integers(layer, operands=operands)
+    np.testing.assert_array_equal(found(x), layer(x))
+    layers.advance(layer.ranges.values(), 2.0)
+    found = deploy.to_integers(layer, operands=operands)
+    np.testing.assert_array_equal(found(x), layer(x))
+    assert found.a.kernel.dtype == operands
+
+
+def test_the_rounded_input_has_no_gradient_of_its_codes():
+    layer = Dense(5, 4, spec=LayerSpec(precision="lsq:w4a4"), rngs=nnx.Rngs(0))
+    found = deploy.to_integers(layer, operands="int4")
+    assert not jnp.any(jax.grad(lambda x: jnp.sum(found(x)))(normal(2, 5)))
+
+
+def test_operands_of_another_type():
+    layer = Dense(5, 4, spec=LayerSpec(precision="lsq:w4a4"), rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match="operands='int2' is not known: allowed int4, int8"):
+        deploy.to_integers(layer, operands="int2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda spec: Conv(128, 128, (3, 3), spec=spec, rngs=nnx.Rngs(0)), (8, 16, 16, 128)),
+        (lambda spec: Dense(256, 128, spec=spec, rngs=nnx.Rngs(0)), (128, 256)),
+    ],
+    ids=["conv", "dense"],
+)
+@pytest.mark.parametrize(("operands", "kind"), [("int4", "s4"), ("int8", "s8")])
+def test_what_a_tpu_multiplies(make, shape, operands, kind, tpu):
+    layer = make(LayerSpec(precision="lsq:w4a4"))
+    graph, state = nnx.split(deploy.to_integers(layer, operands=operands))
+    sharding = jax.sharding.SingleDeviceSharding(tpu)
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        (state, jnp.zeros(shape)),
+    )
+    compiled = jax.jit(lambda state, x: nnx.merge(graph, state)(x)).lower(*arguments).compile()
+    text = compiled.as_text()
+    types = dict(re.findall(r"(%[\w.-]+) = (\w+)\[", text))
+    products = re.findall(r" = (\w+)\[\S* (?:convolution|dot)\((%[\w.-]+), (%[\w.-]+)\)", text)
+    assert [(out, types[a], types[b]) for out, a, b in products] == [("s32", kind, kind)]
+
+
+def test_what_a_schedule_stopped_is_gone():
+    precision = dict(
+        kernel=dict(method="lsq", bits=4, float_epochs=1.0, stop_epoch=2.0),
+        input=dict(method="lsq", bits=4),
+    )
+    layer = Conv(4, 4, (3, 3), spec=LayerSpec(precision=precision), rngs=nnx.Rngs(0))
+    layer.eval()
+    x = jnp.abs(normal(2, 6, 6, 4))
+    for epoch, kind in ((0, jnp.float32), (1, jnp.float32), (2, jnp.float32)):
+        layers.advance(layer.ranges.values(), epoch)
+        found = deploy.to_integers(layer)
+        assert found.w.kernel.dtype == kind
+        np.testing.assert_array_equal(found(x), layer(x))
+    assert found.spec.precision.kernel is None and set(found.ranges) == {"input"}
+    np.testing.assert_array_equal(found.w.kernel[...], layer.w.kernel[...])
+    cost = analysis.model_cost(layer, (6, 6, 4))
+    assert cost["layers"][0].bits == 32 and cost["packed_bytes"] == cost["bytes"]
+
+    only = dict(input=dict(method="lsq", bits=4, stop_epoch=1.0))
+    layer = Conv(4, 4, (3, 3), spec=LayerSpec(precision=only), rngs=nnx.Rngs(0))
+    found = deploy.to_integers(layer, settle=True)
+    assert found.ranges is None and found.spec.precision == Precision()
 
 
 def test_norms_and_activation_stay_fused():

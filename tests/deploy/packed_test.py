@@ -8,6 +8,7 @@ from flax import nnx
 
 from efficient_nets import analysis, deploy, layers, models
 from efficient_nets.errors import UserError
+from efficient_nets.layers import Dense, LayerSpec
 from tests.deploy.integer_test import normal
 
 
@@ -61,6 +62,25 @@ def _data_bytes(path):
     return len(content) - 8 - int.from_bytes(content[:8], "little")
 
 
+def test_a_file_says_nothing_of_operands(tmp_path):
+    def layer(precision, seed):
+        return Dense(20, 6, spec=LayerSpec(precision=precision), rngs=nnx.Rngs(seed))
+
+    trained, x = layer("lsq:w4a4", 0), jnp.abs(normal(5, 20))
+    trained.eval()
+    deploy.save(trained, tmp_path / "int8")
+    deploy.save(deploy.to_integers(trained, operands="int4"), tmp_path / "int4")
+    assert (tmp_path / "int4").read_bytes() == (tmp_path / "int8").read_bytes()
+    assert b'"w/kernel:values"' in (tmp_path / "int4").read_bytes()  # packed, in a net of one layer
+    for operands, kind in (("int4", jnp.int4), ("int8", jnp.int8)):
+        found = deploy.load(layer("lsq:w4a4", 1), tmp_path / "int4", operands=operands)
+        assert found.w.kernel.dtype == kind
+        np.testing.assert_array_equal(found(x), trained(x))
+    deploy.save(layer("lsq:w8a4", 0), tmp_path / "wide")
+    with pytest.raises(UserError, match="w/kernel is int8.* there, int4.* here"):
+        deploy.load(layer("lsq:w4a4", 1), tmp_path / "wide", operands="int4")
+
+
 def test_a_file_of_another_net(tmp_path):
     path = tmp_path / "net.safetensors"
     deploy.save(net("lsq:w4a4"), path)
@@ -71,7 +91,10 @@ def test_a_file_of_another_net(tmp_path):
 
 
 def test_schedules_must_be_over(tmp_path):
-    spec = dict(input=dict(method="lsq", bits=4, float_epochs=1.0))
+    spec = dict(
+        input=dict(method="lsq", bits=4, float_epochs=1.0),
+        kernel=dict(method="lsq", bits=4, stop_epoch=1.0),
+    )
     trained, x = net(spec), normal(4, 8, 8, 3)
     with pytest.raises(UserError, match="its schedule is not over"):
         deploy.save(trained, tmp_path / "net")

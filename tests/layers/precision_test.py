@@ -21,12 +21,12 @@ PRECISIONS = {
     "mixed": "w=lq:2,a=pact:2,o=minmax:8",
     "ternary": "w=ttq,a=fatnn:3L",
     "xnor": dict(
-        input=dict(method="xnor", k="box", pad="before"),
+        input=dict(method="xnor", k="box", pad="before", normalise="mean"),
         kernel=dict(method="xnor++", case=4, size=(4, 5)),
     ),
     "options": dict(
         kernel=dict(method="lsq", bits=3, per="channel", normalise="restored", post_scale=True),
-        input=dict(method="lsq+", bits=4, per="groups:2", power_of_two=True),
+        input=dict(method="lsq+", bits=4, per="groups:2", power_of_two=True, normalise="variance"),
     ),
 }
 
@@ -259,6 +259,38 @@ def test_float_epochs_collect_and_then_begin():
     assert float(found.step[0]) == seen
 
 
+STOPPED = {
+    "lsq": dict.fromkeys(("kernel", "input", "output"), dict(method="lsq", bits=2)),
+    "xnor": dict(
+        input=dict(method="xnor", k="box"),
+        kernel=dict(method="xnor++", case=3, size=(5, 5), post_scale=True),
+    ),
+    "minmax": dict(kernel=dict(method="twn"), input=dict(method="minmax", bits=4)),
+}
+
+
+@pytest.mark.parametrize("precision", STOPPED.values(), ids=STOPPED)
+def test_a_stopped_layer_is_one_in_float(precision):
+    schedule = dict(float_epochs=1.0, stop_epoch=2.0)
+    spec = LayerSpec(precision={site: fields | schedule for site, fields in precision.items()})
+    layer = Conv(3, 4, (3, 3), spec=spec, rngs=nnx.Rngs(0))
+    x = jnp.abs(normal(2, 5, 5, 3))
+    plain = layers.convert(_Net(layer), [dict(match="conv", precision="float")], jax.random.key(0))
+    expected = plain.conv(x)
+    for found in layer.ranges.values():  # that factors which learn would show
+        found.set(
+            found.arrays()._replace(learned={n: 2 * v for n, v in found.arrays().learned.items()})
+        )
+    for epoch, rounds in ((0, False), (1, True), (1.9, True), (2, False), (5, False)):
+        layers.advance(layer.ranges.values(), epoch)
+        before = jax.tree.map(jnp.copy, [found.arrays() for found in layer.ranges.values()])
+        y = layer(x)
+        assert np.allclose(y, expected, rtol=1e-5, atol=1e-6) != rounds
+        if epoch >= 2:  # and nothing moves, in training either
+            after = [found.arrays() for found in layer.ranges.values()]
+            jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
 def test_levels_fall_by_stages():
     spec = dict(input=dict(method="lsq", bits=2, stages=((0, 16), (1, 8), (3, 4))))
     layer = Dense(5, 3, use_bias=False, spec=LayerSpec(precision=spec), rngs=nnx.Rngs(0))
@@ -280,6 +312,30 @@ def test_losses_are_collected():
     error = jnp.abs(layer.w.kernel[...] - layer.rounded_kernel("w"))
     assert [owner for owner, _ in found] == [layer]
     np.testing.assert_allclose(found[0][1], 0.5 * jnp.mean(error), rtol=1e-6)
+
+
+@pytest.mark.parametrize("pad", ["after", "before"])
+def test_a_layer_whose_samples_are_normalised(pad):
+    """Their factors, with which zeros of the padding have nothing to do, leave a map of codes."""
+    spec = dict(
+        kernel=dict(method="lsq", bits=4),
+        input=dict(method="lsq", bits=4, normalise="mean", pad=pad),
+    )
+    layer = Conv(3, 4, (3, 3), use_bias=False, spec=LayerSpec(precision=spec), rngs=nnx.Rngs(0))
+    sizes = jnp.asarray([1.0, 8.0]).reshape(2, 1, 1, 1)
+    x = jnp.repeat(jnp.abs(normal(1, 5, 5, 3)), 2, axis=0) * sizes
+    layer = layers.calibrate(layer, x)
+    layer.eval()
+    y = layer(x)
+    np.testing.assert_array_equal(y[1], 8 * y[0])  # factors of 8 are exact
+    np.testing.assert_array_equal(layer(x[:1]), y[:1])
+    size, step = jnp.mean(x[0]), layer.ranges["input"].step[0]
+    codes = jnp.clip(jnp.round(x[:1] / size / step), 0, 15)
+    kernel = layer.rounded_kernel("w")
+    expected = lax.conv_general_dilated(
+        codes * step * size, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    np.testing.assert_allclose(y[:1], expected, rtol=1e-5, atol=1e-6)  # sums of 27, in float32
 
 
 def test_forward_mode():

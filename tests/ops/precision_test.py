@@ -64,6 +64,7 @@ def test_long_forms_take_every_field():
         loss_norm="l1",
         float_epochs=1,
         freeze_epoch=9.5,
+        stop_epoch=20,
     )
     made = precision.parse(dict(kernel=fields)).kernel
     for name, value in fields.items():
@@ -176,7 +177,7 @@ INPUT = dict(site="input", method="lsq", bits=4)
         # Fields that would do nothing there.
         (KERNEL | dict(pad="before"), ".pad: 'lsq' does not heed it at this site"),
         (KERNEL | dict(zero_point=True), ".zero_point: 'lsq' does not heed it"),
-        (INPUT | dict(normalise="standard"), ".normalise: 'lsq' does not heed it"),
+        (dict(site="output", method="lsq", bits=2, normalise="mean"), ".normalise: 'lsq' does not"),
         (INPUT | dict(axis="in"), ".axis: 'lsq' does not heed it"),
         (KERNEL | dict(axis="in"), ".axis='in': with per='layer'"),
         (dict(site="output", method="lsq", bits=2, loss=1.0), ".loss: 'lsq' does not heed it"),
@@ -195,6 +196,8 @@ INPUT = dict(site="input", method="lsq", bits=4)
         ),
         (KERNEL | dict(step_gradient="1/n"), ".step_gradient='1/n' is not known"),
         (KERNEL | dict(normalise="mean"), ".normalise='mean' is not known: allowed none, restored"),
+        (INPUT | dict(normalise="standard"), "='standard' is not known: allowed mean, none, var"),
+        (INPUT | dict(normalise="restored"), "='restored' is not known: allowed mean, none, var"),
         (KERNEL | dict(axis="both"), ".axis='both' is not known: allowed in, out"),
         (INPUT | dict(pad="never"), ".pad='never' is not known: allowed after, before"),
         (KERNEL | dict(loss=1.0, loss_norm="l3"), ".loss_norm='l3' is not known: allowed l1, l2"),
@@ -212,6 +215,17 @@ INPUT = dict(site="input", method="lsq", bits=4)
         (KERNEL | dict(loss="much"), ".loss='much': give a number, at least 0"),
         (KERNEL | dict(float_epochs=float("nan")), ".float_epochs=nan: give a number"),
         (KERNEL | dict(freeze_epoch=float("inf")), ".freeze_epoch=inf: give a number"),
+        (KERNEL | dict(stop_epoch=-1), ".stop_epoch=-1: give a number, at least 0"),
+        (
+            KERNEL | dict(stop_epoch=2.0, float_epochs=2),
+            ".stop_epoch=2.0: give an epoch above 2, of float_epochs, or 0",
+        ),
+        (KERNEL | dict(stop_epoch=2, freeze_epoch=2.5), "above 2.5, of freeze_epoch, or 0"),
+        (KERNEL | dict(stop_epoch=2, stages=((0, 32), (3, 16))), "above 3, of stages, or 0"),
+        (
+            dict(site="gradient", method="dorefa", bits=2, stop_epoch=1),
+            ".stop_epoch: 'dorefa' does",
+        ),
         (
             dict(site="kernel", method="minmax", bits=4, zero_point=True),
             ".zero_point: it takes signed=False and more than 2 levels",

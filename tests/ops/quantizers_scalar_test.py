@@ -392,12 +392,52 @@ REFERENCES = {
 }
 
 
+def factored(case, xs, gs, arrays):
+    """The method's, times its factor."""
+    method = REFERENCES[case.method][case.site]
+    if not case.spec.post_scale:
+        return method(case, xs, gs, arrays)
+    factors = case.each(arrays["post_scale"])
+    inner = [g * each for g, each in zip(gs, factors, strict=True)]
+    values, dx, learned = method(case, xs, inner, arrays)
+    products = [g * value for g, value in zip(gs, values, strict=True)]
+    learned = learned | {"post_scale": case.total(products)}
+    return [value * each for value, each in zip(values, factors, strict=True)], dx, learned
+
+
+def by_sample(case, xs, gs, arrays):
+    """`Q(x / m) m`, m being mean |x| or sqrt(mean x^2) of a sample, with m's gradient."""
+    samples = [position[0] for position in case.positions]
+    members = {n: [i for i, own in enumerate(samples) if own == n] for n in samples}
+
+    def total(values):
+        return [math.fsum(values[i] for i in members[n]) for n in samples]
+
+    number = len(members[0])
+    if case.spec.normalise == "mean":
+        sizes = [each / number for each in total(list(map(abs, xs)))]
+        slopes = [(x > 0) - (x < 0) for x in xs]
+    else:
+        sizes = [math.sqrt(each / number) for each in total([x * x for x in xs])]
+        slopes = [x / (size or 1.0) for x, size in zip(xs, sizes, strict=True)]
+    sizes = [size or 1.0 for size in sizes]  # of zeros, whose factor is a constant
+    normal = [x / size for x, size in zip(xs, sizes, strict=True)]
+    inner = [g * size for g, size in zip(gs, sizes, strict=True)]
+    values, dx, learned = factored(case, normal, inner, arrays)
+    behind = total([g * value for g, value in zip(gs, values, strict=True)])
+    before = total([d * n for d, n in zip(dx, normal, strict=True)])
+    dx = [
+        d / m + slope / number * (b - a / m)
+        for d, m, slope, b, a in zip(dx, sizes, slopes, behind, before, strict=True)
+    ]
+    return [value * size for value, size in zip(values, sizes, strict=True)], dx, learned
+
+
 def reference(case, xs, gs, arrays):
     """The method's, behind its normalisation and before its factor."""
-    method = REFERENCES[case.method][case.site]
-    normalise, factor = case.spec.normalise, case.spec.post_scale
-    if factor:
-        factors = case.each(arrays["post_scale"])
+    normalise = case.spec.normalise
+    if normalise in ("mean", "variance"):
+        return by_sample(case, xs, gs, arrays)
     normal = xs
     if normalise != "none":
         means = case.each(case.mean(xs))
@@ -407,14 +447,7 @@ def reference(case, xs, gs, arrays):
     inner = gs
     if normalise == "restored":
         inner = [g * std for g, std in zip(gs, deviations, strict=True)]
-    if factor:
-        scaled = inner
-        inner = [g * each for g, each in zip(inner, factors, strict=True)]
-    values, dx, learned = method(case, normal, inner, arrays)
-    if factor:
-        products = [g * value for g, value in zip(scaled, values, strict=True)]
-        learned = learned | {"post_scale": case.total(products)}
-        values = [value * each for value, each in zip(values, factors, strict=True)]
+    values, dx, learned = factored(case, normal, inner, arrays)
     if normalise == "none":
         return values, dx, learned
     # d std / d x = normal / N, d mean / d x = 1 / N; the normalised value depends on both.
@@ -603,6 +636,12 @@ def cases():
     for normalise, post_scale in (("standard", False), ("restored", False), ("restored", True)):
         for method, fields in dict(lsq=dict(levels=4, per="channel"), twn={}, xnor={}).items():
             yield Case("kernel", method, normalise=normalise, post_scale=post_scale, **fields)
+    for normalise in ("mean", "variance"):
+        for method in ("lsq", "lsq+", "minmax", "lq", "dorefa"):
+            yield Case("input", method, levels=4, normalise=normalise)
+        yield Case("input", "sign", normalise=normalise, gradient="clipped")
+        yield Case("input", "xnor", normalise=normalise, k="channel")
+        yield Case("input", "lsq", levels=4, normalise=normalise, post_scale=True, per="channel")
     yield Case("kernel", "sign", post_scale=True, per="groups:2", axis="in")
     yield Case("kernel", "xnor++", post_scale=True, axis="in")
     yield Case("input", "minmax", levels=4, post_scale=True, per="channel")
@@ -641,11 +680,13 @@ def test_infinities_saturate(case, x64):
 
 
 @pytest.mark.parametrize("method", ["lsq", "twn", "sign", "xnor"])
-@pytest.mark.parametrize("normalise", ["standard", "restored"])
+@pytest.mark.parametrize("normalise", ["standard", "restored", "mean", "variance"])
 @pytest.mark.parametrize("kind", ["zeros", "equal"])
 def test_normalised_values_that_are_all_alike(method, normalise, kind, x64):
-    fields = dict(levels=4) if method == "lsq" else {}
-    check(Case("kernel", method, normalise=normalise, **fields), kind)
+    method = "minmax" if (method, normalise) in (("twn", "mean"), ("twn", "variance")) else method
+    fields = dict(levels=4) if method in ("lsq", "minmax") else {}
+    site = "input" if normalise in ("mean", "variance") else "kernel"
+    check(Case(site, method, normalise=normalise, **fields), kind)
 
 
 def test_every_method_and_site_has_a_reference():
@@ -815,6 +856,11 @@ def test_factors_of_the_output(x64):
         expected = math.fsum(window) / len(window)
         assert math.isclose(found[n, i, 0], expected, rel_tol=TOLERANCE)
     assert quantizers.output_scale(Case("input", "xnor").spec, x, empty, convolution) is None
+    # Of normalised values, as the factor multiplies the codes.
+    normal = Case("input", "xnor", k="box", normalise="mean")
+    sizes = np.mean(np.abs(x), axis=(1, 2), keepdims=True)
+    divided = quantizers.output_scale(normal.spec, x, empty, convolution)
+    np.testing.assert_allclose(divided * sizes, found, rtol=TOLERANCE)
 
     generator = np.random.default_rng(2)
     kernel = jnp.ones(SHAPES["kernel"])
@@ -855,12 +901,13 @@ def test_loss(norm, x64):
 
 @pytest.mark.parametrize("method", ["lsq", "pact", "minmax", "lsq+", "dorefa"])
 def test_stages_are_quantizers_of_their_levels(method, x64):
-    """Each stage is as the quantizer of that many levels; before them, nothing is rounded."""
-    fields = dict(stages=((0, 16), (2, 8), (5, 4)), float_epochs=1.0)
+    """Each stage is as the quantizer of that many levels; before and behind, nothing is rounded."""
+    fields = dict(stages=((0, 16), (2, 8), (5, 4)), float_epochs=1.0, stop_epoch=7.5)
     staged = Case("input", method, levels=4, **fields)
     xs = values_of(staged, "edges")
     x = jnp.asarray(xs).reshape(staged.shape)
-    for epoch, levels in ((0, None), (1, 16), (2, 8), (4.5, 8), (5, 4), (9, 4)):
+    expected = ((0, None), (1, 16), (2, 8), (4.5, 8), (5, 4), (7, 4), (7.5, None), (9, None))
+    for epoch, levels in expected:
         case = Case("input", method, levels=levels or 4)
         learned, observed = jax.tree.map(jnp.asarray, arrays_of(case), is_leaf=_list)
         arrays = quantizers.Arrays(learned, observed | quantizers.phase(staged.spec, epoch))
@@ -869,9 +916,10 @@ def test_stages_are_quantizers_of_their_levels(method, x64):
         np.testing.assert_array_equal(found, x if levels is None else expected)
 
 
-def test_frozen_arrays_stay_where_they_are(x64):
-    for method, fields in (("lsq", {}), ("minmax", {}), ("lq", {})):
-        case = Case("input", method, levels=4, freeze_epoch=2.0, **fields)
+@pytest.mark.parametrize("field", ["freeze_epoch", "stop_epoch"])
+def test_frozen_arrays_stay_where_they_are(field, x64):
+    for method in ("lsq", "minmax", "lq"):
+        case = Case("input", method, levels=4, **{field: 2.0})
         x = jnp.asarray(values_of(case, "edges")).reshape(case.shape)
         base = jax.tree.map(jnp.asarray, arrays_of(Case("input", method, levels=4)), is_leaf=_list)
         for epoch, moves in ((1, True), (2, False), (3, False)):

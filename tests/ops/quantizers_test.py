@@ -1,5 +1,7 @@
 """What every quantizer is, whatever its formula: one table of methods and sites."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,8 +103,8 @@ def test_jit_is_eager_and_types_stay(method, site, levels, dtype):
 @ONCE
 @pytest.mark.parametrize("kind", ["zeros", "alike"])
 def test_nothing_is_nan_for_values_without_spread(method, site, levels, kind):
-    for normalise in ("none", "standard", "restored") if site == "kernel" else ("none",):
-        fields = dict(normalise=normalise) if site == "kernel" else {}
+    for normalise in quantizers.spec.NORMALISATIONS.get(site, ("none",)):
+        fields = {} if normalise == "none" else dict(normalise=normalise)
         spec = make(method, site, levels, per="groups:2", **fields)
         # The mean of 0.1s is not quite 0.1 in float32.
         x = jnp.full(SHAPE, 0.0 if kind == "zeros" else 0.1, jnp.float32)
@@ -126,6 +128,59 @@ def test_values_that_are_all_alike_are_normalised_to_zeros(value):
     spec = make("lsq", "kernel", 16, normalise="restored")
     restored = quantizers.quantize(spec, x, quantizers.start(spec, x))
     np.testing.assert_allclose(restored, x, rtol=1e-6)  # the mean of 52, in float32
+
+
+SIZES = {
+    "mean": lambda x: np.mean(np.abs(x), axis=(1, 2), keepdims=True),
+    "variance": lambda x: np.sqrt(np.mean(np.square(x), axis=(1, 2), keepdims=True)),
+}
+
+
+@pytest.mark.parametrize("normalise", SIZES)
+@pytest.mark.parametrize("method", ["lsq", "minmax", "lq"])
+def test_samples_are_normalised_on_their_own(method, normalise):
+    """Ranges are those of the normalised values, and no sample depends on another."""
+    spec = make(method, "input", 4, normalise=normalise)
+    plain = make(method, "input", 4)
+    x = values(spec) * jnp.asarray([1.0, 100.0]).reshape(2, 1, 1)
+    sizes = SIZES[normalise](x)
+    normal = x / sizes
+    # Means of 16 values, in another order.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
+    arrays = quantizers.start(spec, x)
+    jax.tree.map(close, arrays, quantizers.start(plain, normal))
+    for how in ("own", "mse", "percentile"):
+        found = quantizers.calibrate(spec, x, how)
+        jax.tree.map(close, found, quantizers.calibrate(plain, normal, how))
+    moved = quantizers.observe(spec, 2 * x, arrays)
+    jax.tree.map(close, moved, quantizers.observe(plain, normal, arrays))
+    found = quantizers.quantize(spec, x, arrays)
+    close(found, sizes * quantizers.quantize(plain, normal, arrays))
+    np.testing.assert_array_equal(found[:1], quantizers.quantize(spec, x[:1], arrays))
+    np.testing.assert_array_equal(found == 0, quantizers.quantize(plain, normal, arrays) == 0)
+
+
+def test_a_schedule_is_nothing_to_calibrate():
+    """Values pass in float epochs, and the least error would be that of any range."""
+    x = values(make("lsq", "input", 4))
+    plain = quantizers.calibrate(make("lsq", "input", 4), x, "mse").learned
+    for fields in (
+        dict(float_epochs=1.0),
+        dict(stop_epoch=2.0),
+        dict(float_epochs=1, stop_epoch=2),
+    ):
+        found = quantizers.calibrate(make("lsq", "input", 4, **fields), x, "mse").learned
+        np.testing.assert_array_equal(found["step"], plain["step"])
+
+
+def test_a_sample_of_zeros_is_not_divided():
+    for normalise in SIZES:
+        spec = make("lsq", "input", 4, normalise=normalise)
+        x = values(spec).at[0].set(0)
+        arrays = quantizers.start(spec, x)
+        found, back = jax.vjp(lambda x: quantizers.quantize(spec, x, arrays), x)  # noqa: B023
+        assert np.all(found[0] == 0) and np.any(found[1])
+        assert np.all(np.isfinite(back(found + 1)[0]))
 
 
 @pytest.mark.parametrize("method, site, levels", list({row[:2]: row for row in TABLE}.values()))

@@ -9,7 +9,7 @@ what is not learned, in training and before quantizing; `quantize` moves nothing
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,8 +18,18 @@ from jax import Array, lax
 from efficient_nets import names
 from efficient_nets.ops import straight_through as through
 from efficient_nets.ops.linear_maps import wide
-from efficient_nets.ops.quantizers import binary, codebook, groups, ranges, spec, uniform
-from efficient_nets.ops.quantizers.spec import Arrays, Method, Quantizer, Rounded
+from efficient_nets.ops.quantizers import (
+    binary,
+    codebook,
+    fields,
+    groups,
+    ranges,
+    spec,
+    steps,
+    uniform,
+)
+from efficient_nets.ops.quantizers.normalise import normalised
+from efficient_nets.ops.quantizers.spec import Arrays, Method, Quantizer, Rounded, times, value
 
 __all__ = [
     "METHODS",
@@ -29,7 +39,8 @@ __all__ = [
     "Rounded",
     "advance",
     "calibrate",
-    "has_wide_codes",
+    "code_bounds",
+    "held",
     "is_over",
     "loss",
     "make",
@@ -53,7 +64,7 @@ CALIBRATIONS = {
 }
 SEEN = "seen_"  # in front of the name of a learned array: what it will start from
 
-METHODS = uniform.METHODS | binary.METHODS | codebook.METHODS
+METHODS = uniform.METHODS | steps.METHODS | binary.METHODS | codebook.METHODS
 
 
 def _stored(quantizer: Quantizer, x: Array, arrays) -> Rounded:
@@ -64,9 +75,9 @@ def _stored(quantizer: Quantizer, x: Array, arrays) -> Rounded:
 STORED = Method(_stored, lambda levels: True, output_scale=binary.spatial_scale)
 
 
-def make(site: str, fields: Mapping[str, Any]) -> Quantizer:
-    """See `spec.quantizer`."""
-    return spec.quantizer(METHODS, site, fields)
+def make(site: str, options: Mapping[str, Any]) -> Quantizer:
+    """See `fields.quantizer`."""
+    return fields.quantizer(METHODS, site, options)
 
 
 def method(quantizer: Quantizer) -> Method:
@@ -75,29 +86,41 @@ def method(quantizer: Quantizer) -> Method:
 
 def stored(quantizer: Quantizer, arrays: Arrays, rounded: Rounded) -> tuple[Quantizer, Arrays]:
     """The quantizer, and its arrays, that a kernel of this one's codes has."""
-    spec = Quantizer("kernel", "stored", quantizer.levels, quantizer.signed, "layer", "identity")
+    made = Quantizer(
+        *("kernel", "stored", quantizer.levels, quantizer.signed, "layer", "identity"),
+        options=(("bounds", code_bounds(quantizer)),),
+    )
     factors = {name: x for name, x in arrays.learned.items() if binary.is_factor(name)}
-    return spec, Arrays(factors, {"scale": rounded.scale})
+    return made, Arrays(factors, {"scale": rounded.scale})
 
 
 def is_over(quantizer: Quantizer, arrays: Arrays) -> bool:
-    """Whether the schedule, if there is one, has come to its last levels."""
+    """Whether the schedule, if there is one, has come to its last levels, or to its stop."""
     if not quantizer.scheduled:
         return True
+    if quantizer.stop_epoch:
+        return bool(arrays.observed["stopped"])
     last = int(arrays.observed["stage"]) == max(len(quantizer.stages) - 1, 0)
     return last and bool(arrays.observed["active"])
 
 
-def has_wide_codes(quantizer: Quantizer) -> bool:
-    """Whether a kernel's codes may lie outside of -128 ... 127.
+def code_bounds(quantizer: Quantizer) -> tuple[int, int]:
+    """Between which its codes lie, in each of its stages.
 
-    DoReFa's are `1-L ... L-1` in steps of 2; a zero point makes them as wide.
+    DoReFa's of a kernel are `1-L ... L-1` in steps of 2; a zero point makes them as wide.
     """
-    return (quantizer.method == "dorefa" or not quantizer.signed) and quantizer.levels > 128
+    if quantizer.method == "stored":
+        return quantizer.option("bounds")
+    levels = max([quantizer.levels, *(levels for _, levels in quantizer.stages)])
+    if quantizer.zero_point or (quantizer.method, quantizer.site) == ("dorefa", "kernel"):
+        return 1 - levels, levels - 1
+    return spec.code_range(levels, quantizer.signed)
 
 
-def settled(quantizer: Quantizer, arrays: Arrays) -> tuple[Quantizer, Arrays]:
-    """The same without its schedule, as that is in the end."""
+def settled(quantizer: Quantizer, arrays: Arrays) -> tuple[Quantizer, Arrays] | None:
+    """The same without its schedule, as that is in the end; None where it has stopped then."""
+    if quantizer.stop_epoch:
+        return None
     plain = dataclasses.replace(quantizer, float_epochs=0.0, freeze_epoch=0.0, stages=())
     phases = phase(quantizer, 0.0)
     observed = {
@@ -110,7 +133,7 @@ def settled(quantizer: Quantizer, arrays: Arrays) -> tuple[Quantizer, Arrays]:
 
 def start(quantizer: Quantizer, x: Array) -> Arrays:
     """The arrays that it begins with, made for values such as x."""
-    x = _normalised(quantizer, x.astype(wide(x.dtype)))[0]
+    x = normalised(quantizer, x.astype(wide(x.dtype)))[0]
     found = method(quantizer).start
     learned, observed = ({}, {}) if found is None else found(quantizer, x)
     if quantizer.post_scale:
@@ -139,14 +162,14 @@ def calibrate(quantizer: Quantizer, x: Array, how: str = "own") -> Arrays:
     arrays, fit = start(quantizer, x), method(quantizer).fit
     if how == "own" or fit is None:
         return arrays
-    x = _normalised(quantizer, x.astype(wide(x.dtype)))[0]
+    x = normalised(quantizer, x.astype(wide(x.dtype)))[0]
 
     def fitted(lo, hi):
         found = fit(quantizer, lo, hi)
         return Arrays(*(old | new for old, new in zip(arrays, found, strict=True)))
 
     if how == "mse":
-        plain = dataclasses.replace(quantizer, normalise="none", float_epochs=0.0)
+        plain = dataclasses.replace(quantizer, normalise="none", float_epochs=0.0, stop_epoch=0.0)
         lo, hi = ranges.least_error(quantizer, x, lambda lo, hi: quantize(plain, x, fitted(lo, hi)))
     else:
         lo, hi = getattr(ranges, how)(quantizer, x)
@@ -154,15 +177,21 @@ def calibrate(quantizer: Quantizer, x: Array, how: str = "own") -> Arrays:
 
 
 def phase(quantizer: Quantizer, epoch: Array | float) -> dict[str, Array]:
-    """What the schedule says of an epoch: stage, active, frozen."""
+    """What the schedule says of an epoch: stage, active, frozen, and stopped where it can be."""
     epoch = jnp.asarray(epoch, jnp.float32)
     begins = jnp.asarray([begin for begin, _ in quantizer.stages[1:]], jnp.float32)
-    frozen = jnp.logical_and(quantizer.freeze_epoch > 0, epoch >= quantizer.freeze_epoch)
+
+    def after(begin):  # 0: never
+        return jnp.logical_and(begin > 0, epoch >= begin)
+
+    stopped = after(quantizer.stop_epoch)
     found = {
         "stage": jnp.sum(begins <= epoch),
-        "active": epoch >= quantizer.float_epochs,
-        "frozen": frozen,
+        "active": jnp.logical_and(epoch >= quantizer.float_epochs, ~stopped),
+        "frozen": jnp.logical_or(after(quantizer.freeze_epoch), stopped),
     }
+    if quantizer.stop_epoch:
+        found["stopped"] = stopped
     return {name: value.astype(jnp.int32) for name, value in found.items()}
 
 
@@ -202,13 +231,25 @@ def advance(quantizer: Quantizer, arrays: Arrays, epoch: Array | float) -> Array
     return Arrays(learned, observed | now)
 
 
+def held(quantizer: Quantizer, before: Arrays, after: Arrays) -> Arrays:
+    """The arrays after a step of an optimizer; as before it where the schedule has frozen them.
+
+    Their gradient is 0 then, but momentum and weight decay would move them on.
+    """
+    if not quantizer.scheduled:
+        return after
+    frozen = before.observed["frozen"] > 0
+    kept = {name: jnp.where(frozen, x, after.learned[name]) for name, x in before.learned.items()}
+    return after._replace(learned=kept)
+
+
 def observe(quantizer: Quantizer, x: Array, arrays: Arrays) -> Arrays:
     """The arrays with the observed ones moved on by x. Without gradient."""
     found, before = method(quantizer).observe, arrays.observed
     x = lax.stop_gradient(x)
     moved = {}
     if found is not None:
-        normal = _normalised(quantizer, x.astype(wide(x.dtype)))[0]
+        normal = normalised(quantizer, x.astype(wide(x.dtype)))[0]
         moved = found(quantizer, normal, before)
     if quantizer.float_epochs:
         moved = moved | _seen(quantizer, x, arrays)
@@ -219,25 +260,27 @@ def observe(quantizer: Quantizer, x: Array, arrays: Arrays) -> Arrays:
     return arrays._replace(observed=before | moved)
 
 
-def rounded(quantizer: Quantizer, x: Array, arrays: Arrays) -> Rounded:
+def rounded(
+    quantizer: Quantizer, x: Array, arrays: Arrays, pad: Callable[[Array], Array] | None = None
+) -> Rounded:
     """Codes and scale of x where the value is their product, else the value; and the surrogate.
 
-    In float32, or float64 for its own.
+    In float32, or float64 for its own. `pad` is what puts zeros around x before they are rounded,
+    which are no part of the sample that `normalise` looks at.
     """
     x = x.astype(wide(x.dtype))
     learned, observed = arrays
     if "frozen" in observed:
         moves = 1.0 - observed["frozen"].astype(x.dtype)
         learned = {name: through.scale_gradient(v, moves) for name, v in learned.items()}
-    normal, undo = _normalised(quantizer, x)
+    normal, undo = normalised(quantizer, x)
+    if pad is not None:
+        x, normal = pad(x), pad(normal)
     found = method(quantizer).round(quantizer, normal, {**observed, **learned})
     if "post_scale" in learned:
-        factor = groups.spread(quantizer, learned["post_scale"].astype(x.dtype), x)
-        scale = None if found.scale is None else found.scale * lax.stop_gradient(factor)
-        found = Rounded(value(found) * factor, found.codes, scale)
-    if quantizer.normalise == "restored":
-        found = Rounded(value(found) * undo[0] + undo[1])
-    if quantizer.float_epochs:
+        found = times(found, groups.spread(quantizer, learned["post_scale"].astype(x.dtype), x))
+    found = undo(found)
+    if quantizer.pauses:
         found = Rounded(jnp.where(observed["active"] > 0, value(found), x))
     if found.codes is None and found.value is None:
         return found._replace(value=lax.stop_gradient(found.surrogate))
@@ -249,39 +292,17 @@ def quantize(quantizer: Quantizer, x: Array, arrays: Arrays) -> Array:
     return value(rounded(quantizer, x, arrays)).astype(x.dtype)
 
 
-def value(found: Rounded) -> Array:
-    """The quantized value of what `rounded` gives, with its gradient."""
-    if found.codes is None and found.value is None:
-        return found.surrogate
-    exact = found.codes * found.scale if found.value is None else found.value
-    return through.straight_through(lax.stop_gradient(exact), found.surrogate)
-
-
-def _normalised(quantizer: Quantizer, x: Array):
-    """x as `normalise` says, and the `(deviation, mean)` that undo it.
-
-    Values that are all alike, but for the rounding of their mean, give zeros: their deviation is
-    taken for 1, as a root has no derivative at 0.
-    """
-    if quantizer.normalise == "none":
-        return x, None
-    mean = groups.spread(quantizer, groups.reduce(quantizer, x, jnp.mean), x)
-    centred = x - mean
-    variance = groups.reduce(quantizer, jnp.square(centred), jnp.mean)
-    variance = groups.spread(quantizer, variance, x)
-    alike = variance <= jnp.square(64 * jnp.finfo(x.dtype).eps * mean)
-    centred = through.straight_through(jnp.where(alike, 0.0, centred), centred)
-    std = jnp.sqrt(jnp.where(alike, 1.0, variance))
-    return centred / std, (std, mean)
-
-
 def output_scale(quantizer: Quantizer | None, x: Array, arrays, linear_map) -> Array | None:
     """What multiplies the map's output in XNOR-Net and XNOR-Net++, else None."""
     found = None if quantizer is None else method(quantizer).output_scale
-    factor = None if found is None else found(quantizer, x, arrays.learned, linear_map)
-    if factor is not None and quantizer.float_epochs:
-        factor = jnp.where(arrays.observed["active"] > 0, factor, 1.0)
-    return factor
+    if found is None:
+        return None
+    if quantizer.site == "input" and quantizer.normalise != "none":
+        x = normalised(quantizer, x.astype(wide(x.dtype)))[0]
+    factor = found(quantizer, x, arrays.learned, linear_map)
+    if factor is None or not quantizer.pauses:
+        return factor
+    return jnp.where(arrays.observed["active"] > 0, factor, 1)
 
 
 def loss(quantizer: Quantizer, x: Array, arrays: Arrays) -> Array:

@@ -11,16 +11,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from efficient_nets.ops.quantizers import groups
-from efficient_nets.ops.quantizers.spec import (
-    Method,
-    Quantizer,
-    Rounded,
-    Values,
-    above_zero,
-    one_of,
-    whole_numbers,
-)
-from efficient_nets.ops.quantizers.uniform import SIGN, binary, pseudo
+from efficient_nets.ops.quantizers.fields import above_zero, one_of, whole_numbers
+from efficient_nets.ops.quantizers.grid import SIGN, binary, pseudo
+from efficient_nets.ops.quantizers.spec import Method, Quantizer, Rounded, Values
 
 
 def _sign(q: Quantizer, x: Array, arrays: Values) -> Rounded:

@@ -12,15 +12,9 @@ from jax import Array, lax
 
 from efficient_nets.ops import straight_through as through
 from efficient_nets.ops.quantizers import groups
-from efficient_nets.ops.quantizers.spec import (
-    Method,
-    Quantizer,
-    Rounded,
-    Values,
-    above_zero,
-    code_range,
-)
-from efficient_nets.ops.quantizers.uniform import ROUNDING, binary, finite
+from efficient_nets.ops.quantizers.fields import above_zero
+from efficient_nets.ops.quantizers.grid import ROUNDING, binary, finite
+from efficient_nets.ops.quantizers.spec import Method, Quantizer, Rounded, Values, code_range
 
 # Added to the diagonal of the normal equations, as a share of n: a bit that no value has set would
 # leave them singular.

@@ -1,14 +1,11 @@
-"""What a quantizer is: a frozen spec, checked against its method."""
+"""What a quantizer is: a method's functions, a frozen spec, arrays. `fields` makes the spec."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from jax import Array
+from jax import Array, lax
 
-from efficient_nets import names
-from efficient_nets.errors import UserError
 from efficient_nets.ops import straight_through as through
 
 SITES = ("input", "kernel", "output", "gradient")
@@ -20,12 +17,18 @@ STEP_GRADIENTS = {
     "1/sqrt(fan)": lambda n, fan, high: fan**-0.5,
     "sqrt(fan)": lambda n, fan, high: fan**0.5,
 }
-NORMALISATIONS = {
-    "none": "as it is",
-    "standard": "(x - mean) / deviation of its group",
-    "restored": "the same, multiplied and shifted back behind the quantizer",
+NORMALISATIONS = {  # by site; see `normalise`
+    "kernel": {
+        "none": "as it is",
+        "standard": "(x - mean) / deviation of its group",
+        "restored": "the same, multiplied and shifted back behind the quantizer",
+    },
+    "input": {
+        "none": "as it is",
+        "mean": "divided by mean |x| of its sample, and multiplied back behind the quantizer",
+        "variance": "the same with sqrt(mean x^2)",
+    },
 }
-MAX_LEVELS = 256
 Values = Mapping[str, Array]
 
 
@@ -41,7 +44,8 @@ class Rounded(NamedTuple):
 
     Attributes:
       surrogate: Shape of x; its gradient is the quantizer's.
-      codes: Whole numbers of x's type, shape of x; None for a method without a uniform grid.
+      codes: Whole numbers of x's type, shape of x, within `quantizers.code_bounds`; None for a
+        method without a uniform grid.
       scale: Broadcasts to x; the quantized value is `codes * scale`.
       value: The quantized value, where there are no codes.
     """
@@ -50,6 +54,20 @@ class Rounded(NamedTuple):
     codes: Array | None = None
     scale: Array | None = None
     value: Array | None = None
+
+
+def value(found: Rounded) -> Array:
+    """The quantized value, with its gradient."""
+    if found.codes is None and found.value is None:
+        return found.surrogate
+    exact = found.codes * found.scale if found.value is None else found.value
+    return through.straight_through(lax.stop_gradient(exact), found.surrogate)
+
+
+def times(found: Rounded, factor: Array) -> Rounded:
+    """The quantized value times a factor that broadcasts to it, with the gradient of both."""
+    scale = None if found.scale is None else found.scale * lax.stop_gradient(factor)
+    return Rounded(value(found) * factor, found.codes, scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +115,7 @@ class Method:
 
 @dataclasses.dataclass(frozen=True)
 class Quantizer:
-    """A method at a site. Make one with `quantizer`, which fills in the method's defaults.
+    """A method at a site. Make one with `fields.quantizer`, which fills in the method's defaults.
 
     Attributes:
       site: 'input', 'kernel', 'output' or 'gradient'.
@@ -112,7 +130,9 @@ class Quantizer:
       step_gradient: Factor of the gradient of a learned step, a name in `STEP_GRADIENTS`.
       power_of_two: Rounds the scale to a power of two (its gradient straight through).
       zero_point: A whole-number zero point, so that a range need not be symmetric.
-      normalise: What is done to the values first, a name in `NORMALISATIONS`.
+      normalise: What is done to the values first, a name in `NORMALISATIONS` of the site: of a
+        kernel per group, of an input per sample (its first axis), so that no sample's value
+        depends on the others.
       post_scale: A learned factor behind it, one a group, that starts at 1.
       pad: 'after': a convolution pads with zeros behind the quantizer (a binary input then has
         three values); 'before': it pads first, and zeros are rounded as other values are.
@@ -120,6 +140,8 @@ class Quantizer:
         being 1 for 'l1' and 2 for 'l2'.
       float_epochs: Epochs at the beginning in which nothing is rounded, and ranges are observed.
       freeze_epoch: The epoch at which ranges stop moving; 0: never.
+      stop_epoch: The epoch from which nothing is rounded again, and ranges do not move; 0: never.
+        It is above the other epochs; a net for use is without such a quantizer.
       stages: `(epoch, levels)` pairs: levels before the last ones. `((0, 16), (2, 8))` has 16
         levels, 8 from epoch 2 on; `levels` are those of the last stage.
       options: The method's own, as sorted pairs.
@@ -142,6 +164,7 @@ class Quantizer:
     loss_norm: str = "l2"
     float_epochs: float = 0.0
     freeze_epoch: float = 0.0
+    stop_epoch: float = 0.0
     stages: tuple[tuple[float, int], ...] = ()
     options: tuple[tuple[str, Any], ...] = ()
 
@@ -156,7 +179,12 @@ class Quantizer:
     @property
     def scheduled(self) -> bool:
         """Whether the epoch decides what it does, see `layers.advance`."""
-        return bool(self.float_epochs or self.freeze_epoch or self.stages)
+        return bool(self.float_epochs or self.freeze_epoch or self.stop_epoch or self.stages)
+
+    @property
+    def pauses(self) -> bool:
+        """Whether there are epochs in which values pass as they are."""
+        return bool(self.float_epochs or self.stop_epoch)
 
 
 def code_range(levels: int, signed: bool) -> tuple[int, int]:
@@ -166,176 +194,3 @@ def code_range(levels: int, signed: bool) -> tuple[int, int]:
     if levels == 2:
         return -1, 1
     return -(levels // 2), (levels - 1) // 2
-
-
-def quantizer(
-    methods: Mapping[str, Mapping[str, Method]], site: str, fields: Mapping[str, Any]
-) -> Quantizer:
-    """The spec of a mapping of fields: `method`, `bits` or `levels`, and any others of `Quantizer`.
-
-    Raises:
-      UserError: naming the site, the field, the value and what is allowed: nothing is ignored.
-    """
-    here = f"precision.{site}"
-    names.pick("precision's site", site, dict.fromkeys(SITES))
-    fields = dict(fields)
-    if "method" not in fields:
-        raise UserError(f"{here} has no 'method': allowed {', '.join(sorted(methods))}")
-    name = fields.pop("method")
-    sites = names.pick(f"{here}.method", name, methods)
-    if site not in sites:
-        raise UserError(f"{here}.method={name!r}: it is only for {', '.join(sites)}")
-    method = sites[site]
-    common = {field.name for field in dataclasses.fields(Quantizer)} - {"site", "method", "options"}
-    allowed = _fields(site, method, bool(fields.get("post_scale")))
-    for field in fields:
-        if field in common and field not in allowed:
-            raise UserError(f"{here}.{field}: {name!r} does not heed it at this site")
-    names.check_fields(here, fields, ["bits", *allowed, *method.options])
-    levels = _levels(here, name, method, fields)
-    if "loss_norm" in fields and not fields.get("loss"):
-        raise UserError(f"{here}.loss_norm={fields['loss_norm']!r}: it takes a loss above 0")
-    options = {key: _option(here, method, fields, key) for key in method.options}
-    own = dict(signed=method.signed, per=method.per, gradient=method.gradients[0])
-    stages = _stages(here, fields.pop("stages", ()))
-    made = Quantizer(
-        site, name, levels, **own | fields, stages=stages, options=tuple(sorted(options.items()))
-    )
-    _check(here, made, method)
-    return made
-
-
-def _fields(site: str, method: Method, post_scale: bool) -> list[str]:
-    """Fields of `Quantizer` that have an effect for this method at this site."""
-    if site == "gradient":
-        return ["levels"]
-    allowed = ["levels", "signed", "gradient", "float_epochs", "post_scale", *method.takes]
-    allowed += ["loss", "loss_norm"] if site in ("input", "kernel") else []
-    allowed += {"kernel": ["normalise"], "input": ["pad"]}.get(site, [])
-    if method.grouped or post_scale:
-        allowed += ["per", "axis"] if site == "kernel" else ["per"]
-    return allowed if method.start is None else [*allowed, "freeze_epoch"]
-
-
-def _levels(here: str, name: str, method: Method, fields: dict) -> int:
-    if "bits" in fields and "levels" in fields:
-        raise UserError(f"{here}: give one of bits and levels")
-    if "bits" in fields:
-        bits = fields.pop("bits")
-        if not _whole(bits) or not 1 <= bits <= 8:
-            raise UserError(f"{here}.bits={bits!r}: allowed 1 to 8")
-        levels = 2**bits
-    else:
-        levels = fields.pop("levels", method.default)
-    if not levels:
-        raise UserError(f"{here}.method={name!r}: give bits or levels")
-    if not _whole(levels) or not 2 <= levels <= MAX_LEVELS:
-        raise UserError(f"{here}.levels={levels!r}: allowed 2 to {MAX_LEVELS}")
-    if not method.levels(levels):
-        able = [str(n) for n in range(2, MAX_LEVELS + 1) if method.levels(n)]
-        shown = ", ".join(able[:8] + ["..."] if len(able) > 8 else able)
-        raise UserError(f"{here}.levels={levels}: allowed for {name!r} there: {shown}")
-    return levels
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _number(value: Any) -> bool:
-    return _whole(value) or isinstance(value, float)
-
-
-def above_zero(*, up_to: float = math.inf) -> tuple[str, Callable[[Any], bool]]:
-    """For `Method.allowed`: numbers above 0, and no more than that."""
-    text = "a number above 0" + (f", up to {up_to:g}" if up_to < math.inf else "")
-    return text, lambda value: _number(value) and 0 < value <= up_to and value < math.inf
-
-
-def at_least_zero() -> tuple[str, Callable[[Any], bool]]:
-    """For `Method.allowed`: finite numbers from 0 on."""
-    return "a number of at least 0", lambda value: _number(value) and 0 <= value < math.inf
-
-
-def one_of(*values: Any) -> tuple[str, Callable[[Any], bool]]:
-    """For `Method.allowed`: these values."""
-    # By type too, as True is 1.
-    kinds = [(type(value), value) for value in values]
-    return ", ".join(map(repr, values)), lambda value: (type(value), value) in kinds
-
-
-def whole_numbers() -> tuple[str, Callable[[Any], bool]]:
-    """For `Method.allowed`: a tuple of numbers above 0."""
-    return (
-        "whole numbers above 0, as in (4, 4)",
-        lambda value: isinstance(value, tuple) and all(_whole(n) and n > 0 for n in value),
-    )
-
-
-def _option(here: str, method: Method, fields: dict, name: str) -> Any:
-    value = fields.pop(name, method.options[name])
-    value = tuple(value) if isinstance(value, list) else value  # a spec is hashable
-    text, able = method.allowed[name]
-    if not able(value):
-        raise UserError(f"{here}.{name}={value!r}: allowed {text}")
-    return value
-
-
-def _stages(here: str, stages: Any) -> tuple:
-    try:
-        made = tuple((epoch, levels) for epoch, levels in stages)
-    except (TypeError, ValueError):
-        made = None
-    if made is None or not all(_number(epoch) and _whole(levels) for epoch, levels in made):
-        raise UserError(
-            f"{here}.stages={stages!r}: give pairs (epoch, levels), as in ((0, 16), (2, 8))"
-        )
-    return made
-
-
-def _check(here: str, made: Quantizer, method: Method) -> None:
-    for field in ("signed", "power_of_two", "zero_point", "post_scale"):
-        if not isinstance(getattr(made, field), bool):
-            raise UserError(f"{here}.{field}={getattr(made, field)!r}: allowed True, False")
-    if not isinstance(made.per, str):
-        raise UserError(f"{here}.per={made.per!r}: give a text, such as 'channel' or 'groups:4'")
-    able = dict.fromkeys(method.gradients)
-    names.pick(f"{here}.gradient", made.gradient, able)
-    if made.levels > 2 or not made.signed:
-        able = {key: None for key in able if key in through.ROUNDING}
-        names.pick(f"{here}.gradient (of {made.levels} levels)", made.gradient, able)
-    names.pick(f"{here}.step_gradient", made.step_gradient, STEP_GRADIENTS)
-    names.pick(f"{here}.normalise", made.normalise, NORMALISATIONS)
-    names.pick(f"{here}.axis", made.axis, {"out": None, "in": None})
-    if made.axis == "in" and made.per == "layer":
-        raise UserError(f"{here}.axis='in': with per='layer' there is nothing to choose")
-    names.pick(f"{here}.pad", made.pad, {"after": None, "before": None})
-    names.pick(f"{here}.loss_norm", made.loss_norm, {"l1": None, "l2": None})
-    if made.signed != method.signed and not method.both_signs:
-        raise UserError(f"{here}.signed={made.signed}: {made.method!r} has no such form")
-    kind, _, count = made.per.partition(":")
-    if kind in ("groups", "size"):
-        if not count.isdecimal() or not int(count):
-            raise UserError(f"{here}.per={made.per!r}: give a number, as in '{kind}:4'")
-    else:
-        names.pick(f"{here}.per", made.per, {"layer": 0, "channel": 0, "groups:n": 0, "size:n": 0})
-    for field in ("loss", "float_epochs", "freeze_epoch"):
-        value = getattr(made, field)
-        if not _number(value) or not 0 <= value < math.inf:
-            raise UserError(f"{here}.{field}={value!r}: give a number, at least 0")
-    if made.zero_point and (made.signed or made.levels == 2):
-        raise UserError(f"{here}.zero_point: it takes signed=False and more than 2 levels")
-    _check_stages(here, made)
-
-
-def _check_stages(here: str, made: Quantizer) -> None:
-    if not made.stages:
-        return
-    epochs, levels = zip(*made.stages, strict=True)
-    if list(epochs) != sorted(set(epochs)) or epochs[0] != 0:
-        raise UserError(f"{here}.stages={made.stages}: epochs must rise, from 0")
-    if levels[-1] != made.levels or min(levels) < 3 or max(levels) > MAX_LEVELS:
-        raise UserError(
-            f"{here}.stages={made.stages}: the last must have levels={made.levels}, and each of "
-            f"them 3 to {MAX_LEVELS}"
-        )
