@@ -1,6 +1,7 @@
-"""Trained nets for use: integer arithmetic, packed weights."""
+"""Trained nets for use: norms folded, integer arithmetic, packed weights."""
 
+from efficient_nets.deploy.folding import fold_norms
 from efficient_nets.deploy.integer import to_integers
 from efficient_nets.deploy.packed import load, save
 
-__all__ = ["load", "save", "to_integers"]
+__all__ = ["fold_norms", "load", "save", "to_integers"]

@@ -260,6 +260,8 @@ def layer_norm_act(
         if norm is not None:
             raise UserError("a layer was removed, but its norm was not: see `rules.norm_name`")
         return x
+    if wanted("norms"):
+        add("norms", layer, norm)
     whole = norm is None or isinstance(norm, norms.BatchNorm)
     if isinstance(norm, norms.BatchNorm) and norm.num_features != geometry.features:
         raise UserError(
