@@ -51,7 +51,7 @@ BOUNDS = {
         lambda x: x >= 0,
         (
             *("seed", "train.steps_per_dispatch", "optimizer.clip_norm", "optimizer.weight_decay"),
-            "calibration.batch_size",
+            *("calibration.batch_size", "calibration.norm_batches"),
             *("schedule.warmup_epochs", "schedule.end_value", "log.histograms_every_epochs"),
         ),
     ),
@@ -150,12 +150,15 @@ def defaults() -> ConfigDict:
             convert_from="",  # a workdir whose trained net `layers` are applied to
         )
     )
-    config.calibration = ConfigDict(  # where the ranges of quantizers start, before step 0
+    config.calibration = ConfigDict(  # where quantizers and norms start, before step 0
         dict(
             # Training images that the net in float is shown; 0: none, and what checkpoint.init_from
             # or convert_from brings stays.
             batch_size=256,
             how="own",  # own: as each paper starts; minmax, percentile, mse, entropy
+            # Training batches over which batch norms get the moments of the net that init_from or
+            # convert_from starts with, as it is now; 0: their statistics stay.
+            norm_batches=0,
         )
     )
     config.builder = ConfigDict(  # search.auto_builder: removes layers until a budget is met
@@ -204,6 +207,12 @@ def check(config: ConfigDict) -> None:
     names.local_folder("checkpoint.convert_from", config.checkpoint.convert_from)
     if config.checkpoint.init_from and config.checkpoint.convert_from:
         raise UserError("checkpoint.init_from and checkpoint.convert_from: give one of the two")
+    trained = config.checkpoint.init_from or config.checkpoint.convert_from
+    if config.calibration.norm_batches and not trained:
+        raise UserError(
+            f"calibration.norm_batches={config.calibration.norm_batches}: the norms of a fresh net "
+            "have no statistics to keep; it takes checkpoint.init_from or convert_from"
+        )
     if not config.builder.budget and config.builder != reference.builder:
         raise UserError("builder.budget='': without one the other fields of builder do nothing")
     names.pick("calibration.how", config.calibration.how, CALIBRATIONS)
