@@ -52,7 +52,7 @@ BOUNDS = {
         lambda x: x >= 0,
         (
             *("seed", "train.steps_per_dispatch", "optimizer.clip_norm", "optimizer.weight_decay"),
-            *("calibration.batch_size", "pretrain.epochs"),
+            *("calibration.batch_size", "calibration.norm_batches", "pretrain.epochs"),
             *("schedule.warmup_epochs", "schedule.end_value", "log.histograms_every_epochs"),
         ),
     ),
@@ -152,12 +152,15 @@ def defaults() -> ConfigDict:
             convert_from="",  # a workdir whose trained net `layers` are applied to
         )
     )
-    config.calibration = ConfigDict(  # where the ranges of quantizers start, before step 0
+    config.calibration = ConfigDict(  # where quantizers and norms start, before step 0
         dict(
             # Training images that the net in float is shown; 0: none, and what checkpoint.init_from
             # or convert_from brings stays.
             batch_size=256,
             how="own",  # own: as each paper starts; minmax, percentile, mse, entropy
+            # Training batches over which batch norms get the moments of the net that init_from or
+            # convert_from starts with, as it is now; 0: their statistics stay.
+            norm_batches=0,
         )
     )
     config.pretrain = ConfigDict(  # a run of the same net in float first
@@ -222,6 +225,18 @@ def check(config: ConfigDict) -> None:
         for field in bounded:
             if not (holds(fields[field]) and math.isfinite(fields[field])):
                 raise UserError(f"{field}={fields[field]}: must be {allowed} and finite")
+    _check_start(config, reference, fields)
+    if not config.builder.budget and config.builder != reference.builder:
+        raise UserError("builder.budget='': without one the other fields of builder do nothing")
+    names.pick("calibration.how", config.calibration.how, CALIBRATIONS)
+    names.pick("dtype", config.dtype, {"float32": None, "bfloat16": None})
+    paths.check_rules("layers", config.layers, rules.FIELDS)
+    paths.check_rules("optimizer.rules", config.optimizer.rules, optim.RULE_FIELDS)
+    paths.check_rules("sharding.rules", config.sharding.rules, sharding.RULE_FIELDS)
+
+
+def _check_start(config: ConfigDict, reference: ConfigDict, fields: dict) -> None:
+    """What a run starts from and learns from."""
     names.local_folder("checkpoint.init_from", config.checkpoint.init_from)
     names.local_folder("checkpoint.convert_from", config.checkpoint.convert_from)
     if config.teacher.checkpoint != PRETRAINED:
@@ -237,13 +252,11 @@ def check(config: ConfigDict) -> None:
         raise UserError("pretrain.epochs=0: then pretrain.learning_rate does nothing")
     if config.pretrain.epochs and config.builder.budget:
         raise UserError("pretrain.epochs and builder.budget: the auto-builder has runs of its own")
-    if not config.builder.budget and config.builder != reference.builder:
-        raise UserError("builder.budget='': without one the other fields of builder do nothing")
-    names.pick("calibration.how", config.calibration.how, CALIBRATIONS)
-    names.pick("dtype", config.dtype, {"float32": None, "bfloat16": None})
-    paths.check_rules("layers", config.layers, rules.FIELDS)
-    paths.check_rules("optimizer.rules", config.optimizer.rules, optim.RULE_FIELDS)
-    paths.check_rules("sharding.rules", config.sharding.rules, sharding.RULE_FIELDS)
+    if config.calibration.norm_batches and not given:
+        raise UserError(
+            f"calibration.norm_batches={config.calibration.norm_batches}: the norms of a fresh net "
+            f"have no statistics to keep; it takes one of {', '.join(starts)}"
+        )
 
 
 def _check_section(path: str, given: dict, reference: dict) -> None:

@@ -28,7 +28,8 @@ def float_config(config: ConfigDict) -> ConfigDict:
     plain = configs.from_json(configs.to_json(config))
     defaults = configs.defaults()
     plain.layers = layers
-    plain.pretrain, plain.teacher = defaults.pretrain, defaults.teacher
+    for section in ("pretrain", "teacher", "calibration"):
+        plain[section] = defaults[section]
     plain.optimizer.learning_rate = config.pretrain.learning_rate
     plain.train.epochs = config.pretrain.epochs
     stretch = config.pretrain.epochs / config.train.epochs

@@ -106,6 +106,32 @@ def test_nothing_is_calibrated_where_nothing_is_rounded_or_asked_for(run):
     assert calibration.calibrated_start(plain, state, trained=False) is state
 
 
+def test_norms_get_the_moments_of_training_batches(run, started):
+    config = run.config.copy_and_resolve_references()
+    config.checkpoint.init_from = "elsewhere"
+    config.calibration.update(batch_size=0, norm_batches=2)
+    state = calibration.calibrated_start(
+        dataclasses.replace(run, config=config), started, trained=True
+    )
+    source = data.train_batches(run.dataset.train, 32, seed=config.seed)
+    images = [data.gather(run.dataset.train.resident, next(source))["image"] for _ in range(2)]
+    images = [data.normalise(jnp.asarray(batch), run.dataset.info) for batch in images]
+    model = nnx.merge(run.graph, started.params, started.stats)
+    expected = nnx.state(layers.recalibrate_norms(model, images), nnx.Not(nnx.Param))
+    # Steps at which values are rounded lie apart by the rounding of sums on 8 devices and on one.
+    close = functools.partial(np.testing.assert_allclose, rtol=0.02, atol=1e-3)
+    jax.tree.map(close, state.stats, nnx.to_pure_dict(expected))
+    stem = [stats["stem_norm"] for stats in (state.stats, nnx.to_pure_dict(expected))]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *stem)
+    jax.tree.map(np.testing.assert_array_equal, state.params, started.params)
+    assert np.any(state.stats["stem_norm"]["mean"] != started.stats["stem_norm"]["mean"])
+
+
+def test_norms_of_a_fresh_net_have_nothing_to_keep():
+    with pytest.raises(UserError, match="calibration.norm_batches=2: .*init_from"):
+        experiment.build(tiny(calibration__norm_batches=2), data.load(tiny().data))
+
+
 def test_an_unknown_calibration():
     with pytest.raises(UserError, match="calibration.how='max' is not known.*minmax"):
         experiment.build(tiny(calibration__how="max"), data.load(tiny().data))

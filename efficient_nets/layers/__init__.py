@@ -17,6 +17,7 @@ from efficient_nets.layers.norm import (
 )
 from efficient_nets.layers.observe import watched
 from efficient_nets.layers.precision import Codes, Range, advance, hold
+from efficient_nets.layers.recalibrate import batch_moments, recalibrate_norms
 from efficient_nets.layers.rules import convert, layers, ranges, set_compute_dtype
 from efficient_nets.layers.spec import LayerSpec
 
@@ -33,6 +34,7 @@ __all__ = [
     "LayerSpec",
     "Range",
     "advance",
+    "batch_moments",
     "calibrate",
     "collecting",
     "convert",
@@ -41,6 +43,7 @@ __all__ = [
     "layer_norm_act",
     "layers",
     "ranges",
+    "recalibrate_norms",
     "set_compute_dtype",
     "watched",
 ]

@@ -30,11 +30,12 @@ class Layer(nnx.Module):
       One `Branch` a branch of the neuron, under its name: `w` for linear, `a`, `b`, `c` for `ours`.
       bias: Of the combined value `(features,)`, in neurons that have it there, else None.
       ranges: Arrays of the quantizers, by site and branch, else None; see `layers.precision`.
-      watch: Static; what each call is shown to, see `observe.watched`.
+      watch, prepare: Static; what each call is shown to, behind and in front of it, see
+        `observe.watched`.
       removed: Static; the layer has become the identity and has no parameters.
     """
 
-    watch = None
+    watch = prepare = None
 
     def __init__(self, geometry: Geometry, spec: LayerSpec | None, rngs: nnx.Rngs):
         self.geometry, self.spec, self.removed = geometry, spec or LayerSpec(), False
@@ -260,18 +261,18 @@ def layer_norm_act(
         if norm is not None:
             raise UserError("a layer was removed, but its norm was not: see `rules.norm_name`")
         return x
+    x = x.astype(geometry.dtype or x.dtype)
+    if layer.prepare is not None:
+        layer.prepare(layer, x)
+    if wanted("norms"):
+        add("norms", layer, norm)
     whole = norm is None or isinstance(norm, norms.BatchNorm)
     if isinstance(norm, norms.BatchNorm) and norm.num_features != geometry.features:
         raise UserError(
             f"the norm is for {norm.num_features} channels, the layer has features="
             f"{geometry.features}"
         )
-    y = _apply_unit(
-        x.astype(geometry.dtype or x.dtype),
-        layer,
-        norm if whole else None,
-        activation if whole else None,
-    )
+    y = _apply_unit(x, layer, norm if whole else None, activation if whole else None)
     if layer.watch is not None:
         layer.watch(layer, x, y)
     if whole:
@@ -281,7 +282,7 @@ def layer_norm_act(
 
 
 def without_norm(x: Array, layer: Layer) -> Array:
-    """The layer's value alone, before any norm behind it; `layer.watch` is not shown it."""
+    """The layer's value alone, before any norm behind it; no observer is shown it."""
     return _apply_unit(x, layer, None, None)
 
 

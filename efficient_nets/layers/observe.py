@@ -11,7 +11,7 @@ from efficient_nets.layers.rules import layers
 
 @dataclasses.dataclass(frozen=True)
 class Watch:
-    """What a watched layer calls: `observer(path, layer, x, y)`.
+    """What a watched layer calls: `observer(path, layer, x, y)`, or without y in front of it.
 
     A static attribute of the layer, so that it goes through `nnx.jit`, `nnx.remat` and
     `nnx.split` with it: a trace that JAX cached for another observer, or for another layer of the
@@ -21,12 +21,16 @@ class Watch:
     path: str
     observer: Callable
 
-    def __call__(self, layer: nnx.Module, x: Array, y: Array) -> None:
-        self.observer(self.path, layer, x, y)
+    def __call__(self, layer: nnx.Module, *values: Array) -> None:
+        self.observer(self.path, layer, *values)
 
 
-def watched(model: nnx.Module, observer: Callable) -> nnx.Module:
+def watched(
+    model: nnx.Module, observer: Callable | None = None, before: Callable | None = None
+) -> nnx.Module:
     """A copy of the net in which every Dense and Conv calls `observer(path, layer, x, y)`.
+
+    `before(path, layer, x)` is called in front of the layer, and may change its parameters.
 
     x is the layer's input in its compute type. y is the unit's output: behind a batch norm and
     activation that `layer_norm_act` took in with it.
@@ -37,5 +41,6 @@ def watched(model: nnx.Module, observer: Callable) -> nnx.Module:
     """
     model = nnx.merge(*nnx.split(model))  # a clone would copy arrays, which shapes do not have
     for path, layer in layers(model):
-        layer.watch = Watch(path, observer)
+        layer.watch = observer and Watch(path, observer)
+        layer.prepare = before and Watch(path, before)
     return model

@@ -48,10 +48,16 @@ def moments_used(x: Array, norm: Norm) -> Moments:
     return moments(x) if norm.mean is None else Moments(norm.mean, norm.var)
 
 
+def affine(norm: Norm, used: Moments, epsilon: float) -> tuple[Array, Array]:
+    """The slope and the shift of each channel, `(C,)` each, that a norm is with these moments."""
+    slope = norm.scale * lax.rsqrt(used.var + epsilon)
+    return slope, norm.bias - used.mean * slope
+
+
 def normalise(x: Array, norm: Norm, used: Moments, epsilon: float) -> Array:
     """One multiply-add an element: XLA then has no normalised copy to keep."""
-    slope = norm.scale * lax.rsqrt(used.var + epsilon)
-    return x * row(slope, x) + row(norm.bias - used.mean * slope, x)
+    slope, shift = affine(norm, used, epsilon)
+    return x * row(slope, x) + row(shift, x)
 
 
 def sums(g: Array, x: Array, used: Moments, epsilon: float) -> tuple[Array, Array]:

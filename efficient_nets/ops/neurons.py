@@ -90,6 +90,26 @@ class Neuron:
     def read_by(self, branch: str) -> str:
         return self.reads[self.branches.index(branch)] if self.reads else "x"
 
+    @functools.cached_property
+    def scaling(self) -> tuple[str, ...]:
+        """Branches whose common factor is one of the output: each term has exactly one of them.
+
+        () where there are none, as in (Wx)^2.
+        """
+        found = [term[0] for term in self.terms if len(term) == 1]
+        for term in self.terms:
+            if not set(term) & {*found}:
+                found.append(term[0])
+        fits = all(sum(name in found for name in term) == 1 for term in self.terms)
+        return tuple(found) if fits else ()
+
+    @functools.cached_property
+    def shifting(self) -> tuple[str, ...]:
+        """Branches that are added and nothing else: what is added to one is added to the output."""
+        every = [name for term in self.terms for name in term]
+        alone = [term[0] for term in self.terms if len(term) == 1]
+        return tuple(name for name in alone if every.count(name) == 1)
+
 
 def _sum(a, b):
     return a + b
