@@ -19,8 +19,9 @@ from efficient_nets.ops import precision as precisions
 def get_config(precision: str = "lsq:w2a2"):
     config = recipes.imagenet()
     config.model = configs.model("resnet", preset=_preset(precision), depth=18, layout="imagenet")
-    config.layers = recipes.quantized(precision)
-    config.pretrain.epochs = 90.0
+    config.layers = () if precision == "float" else recipes.quantized(precision)
+    if precision != "float":
+        config.pretrain.epochs = 90.0
     config.optimizer.learning_rate = 5e-3
     config.schedule.name, config.schedule.milestones = "multistep", (15.0, 25.0, 35.0)
     config.train.epochs = 40.0

@@ -5,6 +5,7 @@ import functools
 import itertools
 
 import jax
+from absl import logging
 from flax import nnx
 from tqdm import tqdm
 
@@ -12,6 +13,9 @@ from efficient_nets import data, experiment, layers, sharding
 from efficient_nets.evaluation import put_resident
 from efficient_nets.experiment import Experiment, TrainState
 from efficient_nets.layers import recalibrate
+
+# Share of an input's magnitude that a quantizer from 0 on loses.
+WORTH_A_WARNING = 0.01
 
 
 def calibrated_start(run: Experiment, state: TrainState, *, trained: bool) -> TrainState:
@@ -48,13 +52,23 @@ def _with_ranges(run: Experiment, state: TrainState, trained: bool) -> TrainStat
         model = nnx.merge(run.graph, params, stats)
         model.eval() if trained else model.train()
         images = data.normalise(data.gather(resident, batch)["image"], run.dataset.info)
-        found = layers.calibrate(model, images, how=config.how)
+        with layers.collecting("lost") as lost:
+            found = layers.calibrate(model, images, how=config.how)
         _, params, stats = nnx.split(found, nnx.Param, ...)
-        return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
+        return (nnx.to_pure_dict(params), nnx.to_pure_dict(stats)), dict(lost)
 
-    params, stats = jax.jit(calibrate, out_shardings=_places(run))(
+    places = _places(run), sharding.replicated(run.mesh)
+    (params, stats), lost = jax.jit(calibrate, out_shardings=places)(
         state.params, state.stats, batch, put_resident(run, "train")
     )
+    for path, share in sharding.fetch(lost).items():
+        if share > WORTH_A_WARNING:
+            logging.warning(
+                "%s: %.0f%% of its input's magnitude lies below 0 and is rounded to 0; an s behind "
+                "the bits makes it signed, as in 'lsq:w4a4s'",
+                path,
+                100 * share,
+            )
     ema = experiment.average_from(run.config, params, stats)
     return state._replace(params=params, stats=stats, ema=ema)
 

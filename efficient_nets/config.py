@@ -25,7 +25,7 @@ from efficient_nets.ops.quantizers import CALIBRATIONS
 
 PRETRAINED = "pretrain"  # teacher.checkpoint: the net in float of config.pretrain
 # A run may be resumed with other values here: they do not change what is computed.
-FREE_SECTIONS = ("log", "sharding", "mixed")
+FREE_SECTIONS = ("log", "sharding")
 NOT_NUMERIC = (
     "data.dir",
     "data.storage",
@@ -194,6 +194,8 @@ def defaults() -> ConfigDict:
             choices=(),  # short forms, as "lsq:w4a4"; (): that of layers, and nothing is chosen
             budget="packed_bytes",  # what is cut: packed_bytes or bops
             keep=0.0,  # share of the float net's that may stay; 0: layers are measured alone
+            # Regular expression of those that are switched; others have what layers say, always.
+            layers=".",
         )
     )
     config.sharding = ConfigDict(
@@ -250,6 +252,10 @@ def _check_start(config: ConfigDict, reference: ConfigDict, fields: dict) -> Non
         raise UserError("teacher.checkpoint='': without one the other fields of teacher do nothing")
     if not config.pretrain.epochs and config.pretrain != reference.pretrain:
         raise UserError("pretrain.epochs=0: then pretrain.learning_rate does nothing")
+    if config.pretrain.epochs and not config.calibration.batch_size:
+        raise UserError(
+            "calibration.batch_size=0: the net in float of pretrain has no ranges to start from"
+        )
     if config.pretrain.epochs and config.builder.budget:
         raise UserError("pretrain.epochs and builder.budget: the auto-builder has runs of its own")
     if config.calibration.norm_batches and not given:

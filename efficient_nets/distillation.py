@@ -3,13 +3,15 @@
     loss = (1 - weight) * task loss + weight * T^2 * mean KL(softmax(t / T) || softmax(s / T))
 
 with the logits t of the teacher and s of the net that is trained, for the same augmented images
-(Hinton et al. 2015, arXiv 1503.02531). The teacher is in evaluation mode and gets no gradient.
+(Hinton et al. 2015, arXiv 1503.02531). The teacher is in evaluation mode and gets no gradient. It
+is the newest net of its workdir, so a run that is stopped and goes on needs that unchanged.
 """
 
 import pathlib
 from typing import Any
 
 import flax
+from absl import logging
 from flax import nnx
 from jax import Array, lax
 
@@ -45,7 +47,7 @@ def teacher(run: Experiment, pretrained: pathlib.Path) -> Teacher | None:
       pretrained: The workdir that 'pretrain' means.
 
     Raises:
-      UserError: if the folder holds no run, or one for other data.
+      UserError: if the folder holds no run, or one for other classes or shapes of images.
     """
     given = run.config.teacher.checkpoint
     if not given:
@@ -54,4 +56,7 @@ def teacher(run: Experiment, pretrained: pathlib.Path) -> Teacher | None:
     if given == configs.PRETRAINED:
         folder = pretrained
     config = workdirs.read_config(field, folder)
+    here, there = run.config.data.name, config.data.name
+    if here != there:
+        logging.warning("%s=%s was trained on %r, this run is on %r.", field, folder, there, here)
     return Teacher(*workdirs.trained_net(field, folder, config, run))

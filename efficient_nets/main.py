@@ -42,6 +42,8 @@ def _run(config, workdir: pathlib.Path) -> None:
             modes = modes.replace(" ", " and --mode=")
             raise UserError(f"--{flag.name}={flag.value}: only --mode={modes} may have it")
     configs.check(config)
+    if MODE.value == "train" and config.mixed != configs.defaults().mixed:
+        raise UserError("mixed: only --mode=sensitivity heeds it; train the config that it writes")
     if MODE.value == "summary":
         info = data.describe(config.data)
         workdirs.write_summary(workdir, config, experiment.abstract_model(config, info), info)

@@ -61,8 +61,10 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     configs.check(config)
     workdirs.claim(workdir, config)
     before = workdir / pretraining.FOLDER
-    if config.pretrain.epochs and not (before / "result.json").exists():
-        train(pretraining.float_config(config), before)
+    if config.pretrain.epochs:
+        plain = pretraining.float_config(config)
+        if not pretraining.is_done(before, plain):
+            train(plain, before)
     info = data.describe(config.data)
     costs = workdirs.write_summary(workdir, config, experiment.abstract_model(config, info), info)
     dataset = data.load(config.data)

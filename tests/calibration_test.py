@@ -132,6 +132,20 @@ def test_norms_of_a_fresh_net_have_nothing_to_keep():
         experiment.build(tiny(calibration__norm_batches=2), data.load(tiny().data))
 
 
+def test_inputs_below_0_that_a_quantizer_loses_are_named(caplog):
+    rules = (
+        dict(match="^stem$", precision="w=lsq:4,a=lsq:4"),  # a normalised image
+        dict(match="stage1/0/conv1", precision="w=lsq:4,a=lsq:4s"),
+        dict(match="stage1/0/conv2", precision="lsq:w4a4"),  # behind a ReLU
+        dict(match="shortcut", precision="lsq+:a4"),
+    )
+    config = tiny(layers=rules)
+    run = experiment.build(config, data.load(config.data))
+    calibration.calibrated_start(run, run.initial_state(), trained=False)
+    named = [message for message in caplog.messages if "lies below 0" in message]
+    assert len(named) == 1 and named[0].startswith("stem: ") and "'lsq:w4a4s'" in named[0]
+
+
 def test_an_unknown_calibration():
     with pytest.raises(UserError, match="calibration.how='max' is not known.*minmax"):
         experiment.build(tiny(calibration__how="max"), data.load(tiny().data))

@@ -79,6 +79,32 @@ def test_the_first_run_is_the_config_s_but_for_what_the_second_alone_has():
 
 
 @pytest.mark.parametrize(
+    "preset, precision, activation",
+    [
+        ("bireal", "bireal", "hard_tanh"),
+        ("bireal", "lsq:w2a2", "none"),
+        ("torchvision", "bireal", "relu"),
+    ],
+)
+def test_a_net_of_signs_is_not_linear_in_float(preset, precision, activation):
+    config = tiny(
+        model=configs.model("resnet", preset=preset, blocks=(1, 1, 1), width=0.25),
+        layers=(dict(match="conv", precision=precision),),
+        pretrain__epochs=1.0,
+    )
+    assert pretraining.float_config(config).model.activation == activation
+
+
+def test_a_net_in_float_of_another_config_is_not_taken(workdir):
+    plain = pretraining.float_config(two_runs())
+    assert pretraining.is_done(workdir / "float", plain)
+    plain.optimizer.weight_decay = 1e-3
+    assert not pretraining.is_done(workdir / "float", plain)
+    with pytest.raises(UserError, match="optimizer.weight_decay: there 0.0, here 0.001"):
+        training.train(plain, workdir / "float")
+
+
+@pytest.mark.parametrize(
     "changes, words",
     [
         (dict(pretrain__epochs=1.0), "pretrain.epochs=1.0: no rule of layers has a precision"),
@@ -86,6 +112,10 @@ def test_the_first_run_is_the_config_s_but_for_what_the_second_alone_has():
         (
             dict(pretrain__epochs=1.0, checkpoint__init_from="x"),
             "checkpoint.init_from and pretrain.epochs: give one of them",
+        ),
+        (
+            dict(pretrain__epochs=1.0, calibration__batch_size=0),
+            "calibration.batch_size=0: the net",
         ),
         (dict(pretrain__epochs=1.0, builder__budget="params"), "runs of its own"),
     ],

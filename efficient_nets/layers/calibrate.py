@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_nets.layers import linear, observe, rules
+from efficient_nets.layers.collect import add, wanted
 from efficient_nets.ops import quantizers
 from efficient_nets.ops.precision import FLOAT
 
@@ -34,6 +35,10 @@ def calibrate(model: nnx.Module, *inputs, how: str = "own") -> nnx.Module:
         found[path] = {}
         if precision.input is not None:
             found[path]["input"] = quantizers.calibrate(precision.input, x, how)
+            if wanted("lost") and quantizers.loses_negatives(precision.input):
+                size = jnp.sum(jnp.abs(x), dtype=jnp.float32)
+                below = jnp.sum(jnp.maximum(-x, 0), dtype=jnp.float32)
+                add("lost", path, below / jnp.maximum(size, jnp.finfo(jnp.float32).tiny))
         if precision.output is not None:
             y = linear.without_norm(x, layer)
             found[path]["output"] = quantizers.calibrate(precision.output, y, how)

@@ -7,7 +7,8 @@ from typing import Any
 from flax import nnx
 
 _kinds: dict[str, contextvars.ContextVar[list | None]] = {
-    kind: contextvars.ContextVar(kind, default=None) for kind in ("peaks", "losses", "norms")
+    kind: contextvars.ContextVar(kind, default=None)
+    for kind in ("peaks", "losses", "norms", "lost")
 }
 
 
@@ -20,7 +21,10 @@ def collecting(kind: str):
     'losses': each layer whose quantizers have a loss, what is to be added to the net's.
     'norms': each call of a Dense or Conv, the module that `layer_norm_act` has behind it, or None.
 
-    Peaks and losses are scalars, tracers under `jax.jit`: return them from the function that is
+    'lost': in `calibrate`, in place of the layer the path of each whose input has a quantizer for
+    values from 0 on; the share of the input's magnitude that lies below.
+
+    All but norms are scalars, tracers under `jax.jit`: return them from the function that is
     traced; out of `nnx.remat` and the like they cannot be taken.
     """
     found: list = []
@@ -35,5 +39,5 @@ def wanted(kind: str) -> bool:
     return _kinds[kind].get() is not None
 
 
-def add(kind: str, layer: nnx.Module, value: Any) -> None:
+def add(kind: str, layer: nnx.Module | str, value: Any) -> None:
     _kinds[kind].get().append((layer, value))

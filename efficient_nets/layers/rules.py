@@ -17,6 +17,7 @@ from efficient_nets.errors import UserError
 from efficient_nets.layers.linear import Layer
 from efficient_nets.layers.precision import Range
 from efficient_nets.layers.spec import LayerSpec
+from efficient_nets.ops import precision
 
 REMOVE = "remove"
 FIELDS = ("match", REMOVE, *(field.name for field in dataclasses.fields(LayerSpec)))
@@ -141,6 +142,11 @@ def _first_match(rules: Sequence[Mapping], path: str) -> int | None:
     return next((i for i, rule in enumerate(rules) if re.search(rule["match"], path)), None)
 
 
+def rounds(rule: Mapping) -> bool:
+    """Whether a rule of `convert` gives its layers a precision other than 'float'."""
+    return bool(precision.parse(rule.get("precision", precision.FLOAT)).quantizers)
+
+
 def with_removals(
     rules: Sequence[Mapping], removed: Sequence[str], every: Sequence[str]
 ) -> tuple[dict, ...]:
@@ -165,10 +171,10 @@ def with_precisions(
       every: Paths of all layers.
     """
     fields = {}
-    for path, precision in precisions.items():
+    for path, own_precision in precisions.items():
         index = _first_match(rules, path)
         own = {} if index is None else {k: v for k, v in rules[index].items() if k != "match"}
-        fields[path] = own | {"precision": precision}
+        fields[path] = own | {"precision": own_precision}
     return _in_front(fields, rules, every)
 
 

@@ -1,9 +1,11 @@
 """The precision axis: what is rounded around a linear map, by which quantizer.
 
-Short forms, in which a number is bits, or levels with an L behind it:
+Short forms, in which a number is bits, or levels with an L behind it; an s behind that is signed,
+as inputs are not unless they say so:
 
     'float'                           nothing is rounded
     'lsq:w4a4', 'lsq:w3La8'           one method; w: kernel, a: input, o: output, g: gradient
+    'lsq:w4a4s'                       the same for inputs on both sides of 0
     'xnor', 'twn'                     one method at each site that needs no number
     'w=lq:2,a=pact:2'                 a method for each site
 
@@ -21,6 +23,7 @@ from efficient_nets.errors import UserError
 from efficient_nets.ops import quantizers
 from efficient_nets.ops.quantizers import Quantizer
 
+NUMBER = r"\d+L?s?"
 LETTERS = {"w": "kernel", "a": "input", "o": "output", "g": "gradient"}
 
 
@@ -46,7 +49,7 @@ class Precision:
         sites = {letter: quantizer for letter, quantizer in sites.items() if quantizer}
         if not sites:
             return "float"
-        shown = {letter: _levels_text(quantizer.levels) for letter, quantizer in sites.items()}
+        shown = {letter: _number_text(quantizer) for letter, quantizer in sites.items()}
         found = {quantizer.method for quantizer in sites.values()}
         if len(found) == 1:
             text = found.pop() + ":" + "".join(map("".join, shown.items()))
@@ -107,11 +110,11 @@ def _short_form(text: str) -> dict[str, dict]:
         if not able:
             raise UserError(f"precision={text!r}: give bits, as in '{method}:w4a4'")
         return {site: {"method": method} for site in able if site != "output"}
-    found = re.findall(r"([a-z])(\d+L?)", sites)
+    found = re.findall(rf"([a-z])({NUMBER})", sites)
     if not found or "".join(map("".join, found)) != sites or not set(dict(found)) <= set(LETTERS):
         raise UserError(
             f"precision={text!r}: after the colon give letters of w, a, o, g, each with bits, or "
-            "with levels and an L, as in 'w4a4' or 'w3La8'"
+            "with levels and an L, and an s for signed, as in 'w4a4', 'w3La8' or 'w4a4s'"
         )
     if len(dict(found)) < len(found):
         raise UserError(f"precision={text!r}: a site is given twice")
@@ -121,7 +124,7 @@ def _short_form(text: str) -> dict[str, dict]:
 def _site(text: str, part: str) -> tuple[str, dict]:
     letter, _, rest = part.partition("=")
     method, _, number = rest.partition(":")
-    if letter not in LETTERS or (number and not re.fullmatch(r"\d+L?", number)):
+    if letter not in LETTERS or (number and not re.fullmatch(NUMBER, number)):
         raise UserError(
             f"precision={text!r}: {part!r} is not understood; a site is as in 'w=lq:2' or "
             "'a=twn:3L', with w, a, o or g"
@@ -129,10 +132,14 @@ def _site(text: str, part: str) -> tuple[str, dict]:
     return LETTERS[letter], {"method": method} | (_number(number) if number else {})
 
 
-def _number(text: str) -> dict[str, int]:
-    return {"levels": int(text[:-1])} if text.endswith("L") else {"bits": int(text)}
+def _number(text: str) -> dict[str, int | bool]:
+    signed = {"signed": True} if text.endswith("s") else {}
+    text = text.removesuffix("s")
+    return ({"levels": int(text[:-1])} if text.endswith("L") else {"bits": int(text)}) | signed
 
 
-def _levels_text(levels: int) -> str:
-    bits = (levels - 1).bit_length()
-    return str(bits) if 2**bits == levels else f"{levels}L"
+def _number_text(quantizer: Quantizer) -> str:
+    levels, bits = quantizer.levels, quantizer.bits
+    number = str(bits) if 2**bits == levels else f"{levels}L"
+    made = quantizers.method(quantizer)
+    return number + ("s" if quantizer.signed and not made.signed else "")

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from efficient_nets import analysis, data, experiment, names, workdirs
 from efficient_nets import config as configs
 from efficient_nets.errors import UserError
-from efficient_nets.layers import layers, rules
+from efficient_nets.layers import rules
 from efficient_nets.ops import precision as precisions
 from efficient_nets.search import mixed_report, sensitivity
 from efficient_nets.search.assignment import assign
@@ -46,6 +46,7 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     configs.check(config)
     _check(config)
     found = sensitivity.candidates(config)
+    workdirs.claim(workdir, config)
     choices = list(config.mixed.choices) or [sensitivity.OWN]
     costs = _costs(config, found, choices)
     report = {"checkpoint": config.checkpoint.convert_from, "choices": choices, "costs": costs}
@@ -67,7 +68,7 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
             "budget": config.mixed.budget,
             "keep": config.mixed.keep,
             "costs": {name: _cost(built)[name] for name in BUDGETS},
-            "before_training": sensitivity.scores_of(built, dataset, found),
+            "before_training": sensitivity.scores_of(built, dataset),
         }
         if jax.process_index() == 0:
             mixed_report.write_config(built, report, workdir)
@@ -81,6 +82,8 @@ def _check(config: ConfigDict) -> None:
     names.pick("mixed.budget", mixed.budget, BUDGETS)
     if not 0 <= mixed.keep < 1:
         raise UserError(f"mixed.keep={mixed.keep}: allowed 0 to below 1")
+    if mixed.choices and set(mixed.choices) <= {sensitivity.FLOAT}:
+        raise UserError(f"mixed.choices={tuple(mixed.choices)}: none of them rounds anything")
     for choice in mixed.choices:
         if not isinstance(choice, str):
             raise UserError(f"mixed.choices: {choice!r} is no short form, as 'lsq:w4a4'")
@@ -97,7 +100,7 @@ def _check(config: ConfigDict) -> None:
     source = workdirs.read_config(
         "checkpoint.convert_from", pathlib.Path(config.checkpoint.convert_from)
     )
-    if any("precision" in rule for rule in source.layers):
+    if any(map(rules.rounds, source.layers)):
         raise UserError(
             f"checkpoint.convert_from={config.checkpoint.convert_from} is rounded: a net in float "
             "is needed"
@@ -118,7 +121,7 @@ def _costs(config: ConfigDict, found: list[str], choices: list[str]) -> dict[str
     """Of the net in float, of that of each choice, and of each layer by choice."""
     costs: dict[str, Any] = {"float": None, "all": {}, "layers": {name: {} for name in found}}
     for choice in [sensitivity.FLOAT, *choices]:
-        cost = _cost(sensitivity.with_choice(config, choice))
+        cost = _cost(sensitivity.with_choices(config, dict.fromkeys(found, choice)))
         whole = {name: cost[name] for name in BUDGETS}
         of_layers = {layer.name: layer for layer in cost["layers"]}
         costs["all"][choice] = whole
@@ -149,9 +152,6 @@ def _assigned(config: ConfigDict, losses, costs, limit: float) -> dict[str, str]
 
 def _built(config: ConfigDict, chosen: dict[str, str]) -> ConfigDict:
     """The config that trains what was chosen, from the weights in float."""
-    info = data.describe(config.data)
-    every = [path for path, _ in layers(experiment.abstract_model(config, info))]
-    config = config.copy_and_resolve_references()
-    config.layers = rules.with_precisions(config.layers, chosen, every)
+    config = sensitivity.with_choices(config, chosen)
     config.mixed = configs.defaults().mixed
     return experiment.without_idle_rules(config)

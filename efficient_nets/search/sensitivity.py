@@ -6,6 +6,7 @@ the end all of them.
 """
 
 import dataclasses
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,30 +19,44 @@ from tqdm import tqdm
 from efficient_nets import analysis, calibration, conversion, data, experiment, layers, paths
 from efficient_nets.errors import UserError
 from efficient_nets.evaluation import Evaluator
-from efficient_nets.ops import precision as precisions
+from efficient_nets.layers import rules
 from efficient_nets.ops.precision import Precision
 
 OWN = "own"  # the choice that config.layers make
 FLOAT = "float"
 
 
-def with_choice(config: ConfigDict, choice: str) -> ConfigDict:
-    """The config whose rounded layers all have this choice."""
-    return _with_precision(config, lambda own: own if choice == OWN else choice)
+def with_choices(config: ConfigDict, choices: Mapping[str, str]) -> ConfigDict:
+    """The config in which each of these layers has its choice, all others what they have."""
+    info = data.describe(config.data)
+    every = [path for path, _ in layers.layers(experiment.abstract_model(config, info))]
+    named = {path: choice for path, choice in choices.items() if choice != OWN}
+    config = config.copy_and_resolve_references()
+    config.layers = rules.with_precisions(config.layers, named, every)
+    return config
 
 
 def candidates(config: ConfigDict) -> list[str]:
-    """Paths of the layers that `config.layers` rounds, in the order of the calls.
+    """Paths of the layers that `config.layers` rounds and `config.mixed.layers` matches.
+
+    Returns:
+      In the order of the calls.
 
     Raises:
       UserError: if there are none.
     """
     info = data.describe(config.data)
-    model = experiment.abstract_model(config, info)
-    rounded = {path for path, layer in layers.layers(model) if _rounds(layer.spec.precision)}
-    found = [c.name for c in analysis.layer_costs(model, info.image_shape) if c.name in rounded]
-    if not found:
+    costs = analysis.layer_costs(experiment.abstract_model(config, info), info.image_shape)
+    rounded = [cost.name for cost in costs if cost.precision != FLOAT]
+    if not rounded:
         raise UserError("layers: no rule has a precision, so there is no layer to switch")
+    field = f"mixed.layers={config.mixed.layers!r}"
+    try:
+        found = [name for name in rounded if re.search(config.mixed.layers, name)]
+    except re.error as error:
+        raise UserError(f"{field} is no regular expression: {error}") from error
+    if not found:
+        raise UserError(f"{field} matches none of the layers that are rounded: {rounded}")
     return found
 
 
@@ -53,7 +68,7 @@ def measure(
     Args:
       config: `checkpoint.convert_from` is the net in float, `calibration` says how ranges start.
       dataset: Of the config.
-      names: Paths of the layers.
+      names: Paths of the layers that are switched; others that are rounded are on.
       choices: Short forms, 'float' or `OWN`.
 
     Returns:
@@ -75,7 +90,7 @@ def measure(
             return net(on)
 
         for choice in rounding:
-            net = _Switched(with_choice(config, choice), dataset)
+            net = _Switched(with_choices(config, dict.fromkeys(names, choice)), dataset, names)
             found["float"] = found["float"] or scores(net, ())
             for name in names:
                 found["layers"][name][choice] = scores(net, (name,))
@@ -88,16 +103,22 @@ def measure(
     return found
 
 
-def scores_of(config: ConfigDict, dataset: data.Dataset, names: Sequence[str]) -> dict[str, float]:
+def scores_of(config: ConfigDict, dataset: data.Dataset) -> dict[str, float]:
     """Loss and accuracy of the net that training this config would start from."""
-    return _Switched(config, dataset)(names)
+    return _Switched(config, dataset, ())(())
 
 
 class _Switched:
-    """The rounded net that training this config would start from, its layers switched at will."""
+    """The rounded net that training this config would start from, some layers with switches."""
 
-    def __init__(self, config: ConfigDict, dataset: data.Dataset):
-        config = experiment.without_idle_rules(_with_precision(config, switchable))
+    def __init__(self, config: ConfigDict, dataset: data.Dataset, names: Sequence[str]):
+        model = experiment.abstract_model(config, dataset.info)
+        precisions = {
+            path: switchable(layer.spec.precision)
+            for path, layer in layers.layers(model)
+            if path in names
+        }
+        config = experiment.without_idle_rules(with_choices(config, precisions))
         run = experiment.build(config, dataset, training=False)
         state = conversion.converted_start(run, run.initial_state())
         self._state = calibration.calibrated_start(run, state, trained=True)
@@ -122,26 +143,8 @@ def switched(stats: Mapping[str, Any], on: Sequence[str]) -> Any:
     return paths.map_named(switch, stats)
 
 
-def switchable(precision: Any) -> Precision:
+def switchable(precision: Precision) -> Precision:
     """A precision whose quantizers have a switch and no other schedule; none at the gradient."""
     plain = dict(freeze_epoch=0.0, stop_epoch=0.0, stages=(), float_epochs=1.0)
-    found = precisions.parse(precision).quantizers
-    sites = {site: q for site, q in found.items() if site != "gradient"}
+    sites = {site: q for site, q in precision.quantizers.items() if site != "gradient"}
     return Precision(**{site: dataclasses.replace(q, **plain) for site, q in sites.items()})
-
-
-def _with_precision(config: ConfigDict, change) -> ConfigDict:
-    config = config.copy_and_resolve_references()
-    config.layers = tuple(
-        dict(rule) | ({"precision": change(rule["precision"])} if _has_precision(rule) else {})
-        for rule in config.layers
-    )
-    return config
-
-
-def _has_precision(rule: Mapping) -> bool:
-    return "precision" in rule and _rounds(precisions.parse(rule["precision"]))
-
-
-def _rounds(precision: Precision) -> bool:
-    return bool(precision.quantizers)

@@ -19,6 +19,14 @@ def test_float_rounds_nothing():
     [
         ("lsq:w4a2", dict(kernel=dict(method="lsq", bits=4), input=dict(method="lsq", bits=2))),
         ("lsq:w3La8", dict(kernel=dict(method="lsq", levels=3), input=dict(method="lsq", bits=8))),
+        (
+            "lsq:w4a4s",
+            dict(kernel=dict(method="lsq", bits=4), input=dict(method="lsq", bits=4, signed=True)),
+        ),
+        (
+            "w=twn,a=minmax:5Ls",
+            dict(kernel=dict(method="twn"), input=dict(method="minmax", levels=5, signed=True)),
+        ),
         ("lsq+:o4", dict(output=dict(method="lsq+", levels=16))),
         ("dorefa:w1a2g6", dict.fromkeys(("kernel", "input", "gradient"), "dorefa") | {}),
         ("xnor", dict(kernel=dict(method="xnor"), input=dict(method="xnor"))),

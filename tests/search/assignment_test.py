@@ -41,3 +41,11 @@ def test_it_is_the_best_of_all(seed, scale):
 def test_a_budget_below_all_choices():
     with pytest.raises(UserError, match="the cheapest choices take 7, above the limit of 6"):
         assign({"a": {"x": 0.0}, "b": {"x": 0.0}}, {"a": {"x": 3}, "b": {"x": 4}}, 6.9)
+
+
+def test_a_choice_without_a_loss_is_not_taken():
+    losses = {"a": {"x": float("nan"), "y": 1.0, "z": 2.0}}
+    costs = {"a": {"x": 1, "y": 2, "z": 3}}
+    assert assign(losses, costs, 3) == {"a": "y"}
+    with pytest.raises(UserError, match="the loss is not finite, whatever is chosen for a"):
+        assign({"a": {"x": float("inf")}}, costs, 3)

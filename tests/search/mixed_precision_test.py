@@ -135,10 +135,27 @@ def test_without_choices_the_config_s_own_precision_is_measured(trained, tmp_pat
     assert not (tmp_path / "built_config.py").exists()
 
 
+def test_layers_that_are_not_asked_keep_what_the_config_says(trained, tmp_path):
+    config = mixed_config(trained, keep=0.0, choices=("lsq:w2a2",), layers="conv2")
+    config.layers = (
+        dict(match="conv1", precision="minmax:w8a8s"),
+        dict(match="conv2", precision="lsq:w4a4"),
+    )
+    report = mixed_precision.build(config, tmp_path)
+    assert list(report["layers"]) == ["conv2"]
+    others = dict(match="conv1", precision="minmax:w8a8s")
+    for found, own in (
+        (report["float"], []),
+        (report["all"]["lsq:w2a2"], [dict(match="conv2", precision="lsq:w2a2")]),
+    ):
+        expected = scores_by_hand(trained, [others, *own])
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+
+
 def test_factors_behind_the_map_are_switched_too():
     """XNOR-Net's K multiplies the output; off, the net is the one in float."""
     conv = layers.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0))
-    precision = sensitivity.switchable("xnor")
+    precision = sensitivity.switchable(parse("xnor"))
     rounded = layers.convert(
         nnx.List([conv]), [dict(match="0", precision=precision)], jax.random.key(0)
     )
@@ -157,6 +174,9 @@ def test_factors_behind_the_map_are_switched_too():
         (dict(choices=("lsq:w4a4",)), "it takes two mixed.choices or more"),
         (dict(choices=("lsq:w4a4", "lsq:w4a4")), "one is given twice"),
         (dict(choices=("lsq",)), "give bits"),
+        (dict(choices=("float",), keep=0.0), "none of them rounds anything"),
+        (dict(layers="dense"), "matches none of the layers that are rounded"),
+        (dict(layers="("), "is no regular expression"),
         (dict(choices=(4, 8)), "4 is no short form"),
         (dict(budget="params"), "mixed.budget='params' is not known"),
     ],

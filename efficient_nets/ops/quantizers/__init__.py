@@ -292,6 +292,14 @@ def quantize(quantizer: Quantizer, x: Array, arrays: Arrays) -> Array:
     return value(rounded(quantizer, x, arrays)).astype(x.dtype)
 
 
+def loses_negatives(quantizer: Quantizer) -> bool:
+    """Whether it rounds what is below 0 to 0, which no activation in front of it may have done."""
+    return not (quantizer.signed or quantizer.zero_point) and quantizer.method not in (
+        "lsq+",  # its offset is learned
+        "quantized_relu",  # it is the activation
+    )
+
+
 def output_scale(quantizer: Quantizer | None, x: Array, arrays, linear_map) -> Array | None:
     """What multiplies the map's output in XNOR-Net and XNOR-Net++, else None."""
     found = None if quantizer is None else method(quantizer).output_scale
