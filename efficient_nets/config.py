@@ -113,8 +113,13 @@ def defaults() -> ConfigDict:
             accumulate=1,  # steps whose gradients are averaged into one update
             # match, learning_rate (a factor), weight_decay, bound (of the parameters' size; 0 is
             # none); the first rule that has a field wins.
-            # Of the quantizers' ranges PACT's alpha alone decays, as its paper says.
-            rules=(dict(match=r"(^|/)(bias|scale|ranges/.*/(?!alpha)\w+)$", weight_decay=0.0),),
+            # Of the quantizers' ranges PACT's alpha alone decays, as its paper says; PReLU's slopes
+            # do not, as its paper says (arXiv 1502.01852), nor do Group-Net's gates.
+            rules=(
+                dict(
+                    match=r"(^|/)(bias|scale|slope|gate|ranges/.*/(?!alpha)\w+)$", weight_decay=0.0
+                ),
+            ),
         )
     )
     config.schedule = ConfigDict(

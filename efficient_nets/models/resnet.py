@@ -21,8 +21,8 @@ PRESETS = {
     "torchvision": dict(order="cbsa", skip="block", shortcut="conv", activation="relu"),
     # arXiv 1603.05279. The sign that its convolutions read is the nonlinearity.
     "xnor": dict(order="cbsa", skip="block", shortcut="conv", activation="none"),
-    # arXiv 1808.00278; there shortcut='pool'.
-    "bireal": dict(order="cbsa", skip="conv", shortcut="conv", activation="none"),
+    # arXiv 1808.00278, figure 3: average pooling in front of the shortcut's convolution.
+    "bireal": dict(order="cbsa", skip="conv", shortcut="pool", activation="none"),
     # DoReFa-Net arXiv 1606.06160, PACT 1805.06085, LQ-Nets 1807.10029: pre-activation nets.
     **dict.fromkeys(
         ("dorefa", "pact", "lq"),
