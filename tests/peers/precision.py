@@ -25,11 +25,11 @@ factor of the gradient of a step is not there.
 The net is that of `configs/quantized.py`; its step is the whole training step, augmentation and
 update included, on random images of CIFAR-10's shape.
 
-All run in one process with as many threads as it has CPUs, in turn, each step after one of its own
-kind that is not counted. `ms` is the median over rounds, `ratio` that of the time over the float
-row's in the same round: other work on the machine slows both. `convolutions` counts those of the
-step's program, `error` is the largest difference from our output over the largest output, in rows
-that compute the same.
+All run in one process with as many threads as it has CPUs, in turn; nets in pairs with the float
+one, a layer's step after one of its own that is not counted. `ms` is the median over rounds,
+`ratio` that of the time over the float row's in the same round: other work on the machine slows
+both. `convolutions` counts those of the step's program, `error` is the largest difference from our
+output over the largest output, in rows that compute the same.
 """
 
 import argparse
@@ -143,9 +143,9 @@ def _torch_step(case: Case, module) -> Step:
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    images, cotangent = (
-        torch.tensor(x.transpose(0, 3, 1, 2)).contiguous() for x in (case.images, case.cotangent)
-    )
+    # NHWC in memory, as ours; the faster layout of both.
+    images, cotangent = (torch.tensor(x).permute(0, 3, 1, 2) for x in (case.images, case.cotangent))
+    module = module.to(memory_format=torch.channels_last)
     with torch.no_grad():
         module.weight.copy_(torch.tensor(case.kernel.transpose(3, 2, 0, 1)))
     images.requires_grad_()
@@ -250,42 +250,41 @@ def _is_here(package: str) -> bool:
     return True
 
 
-def in_turn(order: Sequence[str], runs: dict[str, Callable], rounds: int) -> list[dict]:
-    """Seconds of each run of each round: `{name: [seconds, ...]}`, one dict a round.
-
-    A name that `order` has several times has several times a round.
-    """
-    times = []
-    for _ in range(rounds):
-        times.append({name: [] for name in order})
-        for name in order:
-            runs[name]()  # what ran before left other caches, and threads that still spin
+def in_turn(runs: dict[str, Callable], rounds: int, uncounted: int) -> dict[str, np.ndarray]:
+    """Milliseconds of each run in each round, `(rounds,)`; `uncounted` ones go before each."""
+    times = {name: np.zeros(rounds) for name in runs}
+    for number in range(rounds):
+        for name, run in runs.items():
+            for _ in range(uncounted):
+                run()
             started = time.perf_counter()
-            runs[name]()
-            times[-1][name].append(time.perf_counter() - started)
+            run()
+            times[name][number] = 1e3 * (time.perf_counter() - started)
     return times
+
+
+def _figures(own: np.ndarray, floats: np.ndarray) -> dict:
+    return dict(ms=float(np.median(own)), ratio=float(np.median(own / floats)))
 
 
 def layer_table(names: Sequence[str], case: Case, rounds: int) -> Iterator[dict]:
     names = available(names)
     steps = {name: row_of(name).make(case) for name in names}
-    times = in_turn(names, {name: step.run for name, step in steps.items()}, rounds)
+    # What ran before a step left other caches, and threads that still spin.
+    times = in_turn({name: step.run for name, step in steps.items()}, rounds, uncounted=1)
     outputs = {name: step.output() for name, step in steps.items()}
     for name in names:
-        row, own = row_of(name), np.array([found[name][0] for found in times])
-        floats = np.array([found[row.float_row][0] for found in times])
-        error = None
+        row, error = row_of(name), None
         if row.same in outputs:
             reference = outputs[row.same]
             error = float(np.max(np.abs(outputs[name] - reference)) / np.max(np.abs(reference)))
         yield dict(
             row=name,
-            ms=1e3 * float(np.median(own)),
-            ratio=float(np.median(own / floats)),
+            **_figures(times[name], times[row.float_row]),
             of=row.float_row,
             convolutions=steps[name].convolutions,
             error=error,
-            all_ms=(1e3 * own).tolist(),
+            all_ms=times[name].tolist(),
         )
 
 
@@ -324,18 +323,16 @@ def net_table(names: Sequence[str], batch: int, depth: int, rounds: int) -> Iter
     for net in nets.values():
         net()
     for name in names:
-        times = in_turn(["float", name] if name != "float" else ["float"], nets, rounds)
-        own, floats = (np.array([found[key][-1] for found in times]) for key in (name, "float"))
+        times = in_turn({key: nets[key] for key in ("float", name)}, rounds, uncounted=0)
         cost = nets[name].cost
         yield dict(
             precision=name,
-            ms=1e3 * float(np.median(own)),
-            ratio=float(np.median(own / floats)),
+            **_figures(times[name], times["float"]),
             params=cost["params"],
             packed_bytes=cost["packed_bytes"],
             bops=cost["bops"],
-            all_ms=(1e3 * own).tolist(),
-            float_ms=(1e3 * floats).tolist(),
+            all_ms=times[name].tolist(),
+            float_ms=times["float"].tolist(),
         )
 
 
