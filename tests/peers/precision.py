@@ -26,10 +26,11 @@ The net is that of `configs/quantized.py`; its step is the whole training step, 
 update included, on random images of CIFAR-10's shape.
 
 All run in one process with as many threads as it has CPUs, in turn; nets in pairs with the float
-one, a layer's step after one of its own that is not counted. `ms` is the median over rounds,
-`ratio` that of the time over the float row's in the same round: other work on the machine slows
-both. `convolutions` counts those of the step's program, `error` is the largest difference from our
-output over the largest output, in rows that compute the same.
+one, a layer's step after one of its own that is not counted, nor is the first round. `ms` is the
+median over rounds, `least_ms` the time least disturbed; `ratio` is the median of the time over the
+float row's in the same round, as other work on the machine slows both. `convolutions` counts those
+of the step's program, `error` is the largest difference from our output over the largest output, in
+rows that compute the same.
 """
 
 import argparse
@@ -251,20 +252,27 @@ def _is_here(package: str) -> bool:
 
 
 def in_turn(runs: dict[str, Callable], rounds: int, uncounted: int) -> dict[str, np.ndarray]:
-    """Milliseconds of each run in each round, `(rounds,)`; `uncounted` ones go before each."""
-    times = {name: np.zeros(rounds) for name in runs}
-    for number in range(rounds):
+    """Milliseconds of each run in each round, `(rounds,)`; `uncounted` ones go before each.
+
+    A round before these is not counted.
+    """
+    times = {name: np.zeros(1 + rounds) for name in runs}
+    for number in range(1 + rounds):
         for name, run in runs.items():
             for _ in range(uncounted):
                 run()
             started = time.perf_counter()
             run()
             times[name][number] = 1e3 * (time.perf_counter() - started)
-    return times
+    return {name: found[1:] for name, found in times.items()}
 
 
 def _figures(own: np.ndarray, floats: np.ndarray) -> dict:
-    return dict(ms=float(np.median(own)), ratio=float(np.median(own / floats)))
+    return dict(
+        ms=float(np.median(own)),
+        least_ms=float(np.min(own)),
+        ratio=float(np.median(own / floats)),
+    )
 
 
 def layer_table(names: Sequence[str], case: Case, rounds: int) -> Iterator[dict]:
