@@ -10,7 +10,7 @@ others are compared with:
 
     float, lsq:w2a2, w=lsq:2, a=lsq:2   ours; any other precision can be asked for
     nnx.Conv, qwix w2a4, qwix w8a8      Flax
-    torch, brevitas w2a2                PyTorch, not compiled
+    torch, brevitas w2a2                PyTorch, NCHW, not compiled
 
 Qwix has no LSQ. w2a4 is its OdmlQatProvider, which computes with rounded values in float: weights
 by the largest |w| of a channel, inputs and outputs by averages of their least and largest values,
@@ -144,9 +144,9 @@ def _torch_step(case: Case, module) -> Step:
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    # NHWC in memory, as ours; the faster layout of both.
-    images, cotangent = (torch.tensor(x).permute(0, 3, 1, 2) for x in (case.images, case.cotangent))
-    module = module.to(memory_format=torch.channels_last)
+    images, cotangent = (
+        torch.tensor(x.transpose(0, 3, 1, 2)).contiguous() for x in (case.images, case.cotangent)
+    )
     with torch.no_grad():
         module.weight.copy_(torch.tensor(case.kernel.transpose(3, 2, 0, 1)))
     images.requires_grad_()
