@@ -5,10 +5,11 @@
     python -m efficient_nets.main --config=configs/quantized_imagenet.py:bireal
 
 11,689,544 parameters, 1.8 G MACs. The argument is a short form of `ops/precision.py`, the
-blocks are those of the method's paper, shortcuts stay in float. The net in float, in WORKDIR/float, has 90 epochs at
-0.1; the rounded one 40 at 0.005, times 0.1 after 15, 25 and 35, weight decay 1e-4, batch 256, as
-model-quantization fine-tunes at 2 bits. It gives 67.3% for LSQ, 65.7% for LQ-Nets, 64.1% for DoReFa
-at 2 bits, 52.0% for XNOR-Net and 70.1% in float. Not run here.
+blocks are those of the method's paper; first and last layer and shortcuts stay in float. The net in
+float, in WORKDIR/float, has 90 epochs at 0.1; the rounded one 40 at 0.005, times 0.1 after 15, 25
+and 35, weight decay 1e-4, batch 256, as model-quantization fine-tunes at 2 bits. It gives 67.3% for
+LSQ, 65.7% for LQ-Nets, 64.1% for DoReFa at 2 bits, 52.0% for XNOR-Net and 70.1% in float. Not run
+here.
 """
 
 from efficient_nets import config as configs

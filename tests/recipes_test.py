@@ -101,7 +101,7 @@ def test_bad_policies_are_named(arguments, message):
 def test_a_preset_gives_options_and_those_given_override_it():
     section = configs.model("resnet", preset="bireal", depth=20, shortcut="conv")
     assert "preset" not in section
-    changed = dict(depth=20, skip="conv", activation="none", shortcut="pool")
+    changed = dict(depth=20, skip="conv", activation="none", shortcut="conv")
     assert section == configs.model("resnet", **changed)
     assert configs.model("resnet", preset="torchvision") == configs.model("resnet")
 

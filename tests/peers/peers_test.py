@@ -1,5 +1,7 @@
 """The benchmarks run: each rival is the net that it says, a row of the table has its figures."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from flax import nnx
 
 from efficient_nets import models
 from efficient_nets.layers import layers
-from tests.peers import hybrid_memory, neurons
+from tests.peers import hybrid_memory, neurons, precision
 
 
 @pytest.mark.parametrize("row", hybrid_memory.RIVALS)
@@ -47,3 +49,31 @@ def test_a_row_of_the_table_of_neurons():
     assert row["neuron"] == "t4" and row["params"] > 0 and row["macs"] > 0
     assert row["accuracy"] > 0.3 and row["deviation"] > 0  # two seeds are two runs
     assert all(np.isfinite(row[f"{kind}_ms"]) for kind in ("hybrid", "autodiff", "linear"))
+
+
+def test_rows_of_the_table_of_one_rounded_layer():
+    case = precision.Case(batch=2, channels=4, size=4)
+    names = ["lsq:w2a2", "nnx.Conv"]
+    rows = {row["row"]: row for row in precision.layer_table(names, case, rounds=2)}
+    assert list(rows) == ["float", *names]  # what a row is compared with comes first
+    assert {row["convolutions"] for row in rows.values()} == {3}  # the codes' sums cost no fourth
+    assert rows["nnx.Conv"]["error"] < 1e-6  # two compilers' orders of the same 36 terms
+    assert rows["float"]["ratio"] == 1 and len(rows["lsq:w2a2"]["all_ms"]) == 2
+
+
+def test_rivals_that_cannot_be_imported_are_named_and_left_out(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "brevitas", None)
+    monkeypatch.setitem(sys.modules, "qwix", None)
+    assert precision.available(["brevitas w2a2", "qwix w2a4", "xnor"]) == ["float", "xnor"]
+    message = capsys.readouterr().err
+    assert "brevitas w2a2: left out" in message and "qwix w2a4: left out" in message
+
+
+@pytest.mark.slow
+def test_rows_of_the_table_of_rounded_nets():
+    found = list(precision.net_table(["float", "lsq:w2a2"], batch=8, depth=8, rounds=2))
+    floating, rounded = found
+    assert floating["ratio"] == 1 and rounded["ratio"] > 0
+    assert rounded["packed_bytes"] < floating["packed_bytes"]
+    assert rounded["bops"] < floating["bops"]
+    assert len(rounded["all_ms"]) == len(rounded["float_ms"]) == 2
