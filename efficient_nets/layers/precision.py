@@ -109,7 +109,10 @@ def update(ranges: nnx.Dict, branches: Sequence[str], moved: Ranges) -> None:
 
 
 def advance(ranges: Iterable[Range], epoch: Array | float) -> None:
-    """Moves the ranges to what their schedules say of this epoch, a step's beginning."""
+    """Moves the ranges to what their schedules say of this epoch, a step's beginning.
+
+    `hold`, behind an optimizer's step, keeps the frozen ones where they are.
+    """
     for found in ranges:
         found.set(quantizers.advance(found.quantizer, found.arrays(), epoch))
 
