@@ -149,7 +149,7 @@ def test_int4_operands_give_the_same_bits(precision, narrow):
 @pytest.mark.parametrize("operands", ["int8", "int4"])
 def test_codes_of_an_earlier_stage_have_room(operands):
     fields = dict(method="lsq", bits=4, stages=((0, 256), (2, 16)))
-    spec = LayerSpec(neuron="t4", precision=dict(kernel=fields, input=fields))
+    spec = LayerSpec(precision=dict(kernel=fields, input=fields))
     layer = in_use(Dense(20, 6, spec=spec, rngs=nnx.Rngs(0)), jnp.abs(normal(5, 20)))
     x = 100 * jnp.abs(normal(5, 20))  # all of them the highest code
     found = deploy.to_integers(layer, operands=operands)
@@ -157,7 +157,7 @@ def test_codes_of_an_earlier_stage_have_room(operands):
     layers.advance(layer.ranges.values(), 2.0)
     found = deploy.to_integers(layer, operands=operands)
     np.testing.assert_array_equal(found(x), layer(x))
-    assert found.a.kernel.dtype == operands
+    assert found.w.kernel.dtype == operands
 
 
 def test_the_rounded_input_has_no_gradient_of_its_codes():
