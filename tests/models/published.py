@@ -79,11 +79,22 @@ def bases(block_layers, number):
 
 CIFAR, IMAGENET = (("depth", 20),), (("layout", "imagenet"), ("depth", 18))
 # By preset and options.
-RESNETS = {
-    (preset, options): net
-    for preset in ("torchvision", "xnor", "bireal", "dorefa", "pact", "lq", "fixup")
-    for options, net in ((CIFAR, RESNET_20), (IMAGENET, RESNET_18))
-} | {("groupnet", CIFAR): bases(RESNET_20, 5), ("groupnet", IMAGENET): bases(RESNET_18, 5)}
+RESNETS = (
+    {
+        (preset, options): net
+        for preset in ("torchvision", "xnor", "dorefa", "pact", "lq", "fixup")
+        for options, net in ((CIFAR, RESNET_20), (IMAGENET, RESNET_18))
+    }
+    | {
+        # arXiv 1808.00278, figure 3: pooled in front of the shortcut's convolution.
+        ("bireal", options): [
+            (name, before, after, kernel, 1 if "shortcut" in name else stride, side)
+            for name, before, after, kernel, stride, side in net
+        ]
+        for options, net in ((CIFAR, RESNET_20), (IMAGENET, RESNET_18))
+    }
+    | {("groupnet", CIFAR): bases(RESNET_20, 5), ("groupnet", IMAGENET): bases(RESNET_18, 5)}
+)
 
 
 def inverted(table, stem_stride, side):
@@ -107,8 +118,27 @@ TABLE = [
     *((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2)),
     *((6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)),
 ]
+
+
+def separable(rows):
+    """MobileNet at 224 pixels by its table, of (channels, stride) rows of two layers each."""
+    found, before, side = [("stem", 3, 32, 3, 2, 112)], 32, 112
+    for index, (channels, stride) in enumerate(rows):
+        side //= stride
+        found.append((f"blocks/{index}/depthwise", before, before, 3, stride, side))
+        found.append((f"blocks/{index}/pointwise", before, channels, 1, 1, side))
+        before = channels
+    return [*found, ("head", before, 10, 0, 1, 1)]
+
+
+# arXiv 1704.04861, table 1; the last stride, 2 there on a map of 7x7 that stays 7x7, is 1.
+SEPARABLE = [
+    *((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2)),
+    *((512, 1), (512, 1), (512, 1), (512, 1), (512, 1), (1024, 2), (1024, 1)),
+]
 # By model, options and image side.
 OTHERS = {
+    ("mobilenet", "v1", 224): separable(SEPARABLE),
     ("mobilenet_v2", "imagenet", 224): inverted(TABLE, 2, 224),
     ("mobilenet_v2", "cifar", 32): inverted([TABLE[0], (6, 24, 2, 1), *TABLE[2:]], 1, 32),
     # LQ-Nets, arXiv 1807.10029: 2x(128C3), MP2, 2x(256C3), MP2, 2x(512C3), MP2, dense.

@@ -236,6 +236,38 @@ def test_a_preset_has_its_published_layers(preset, options):
     assert published.traced(model, (size, size, 3)) == expected
 
 
+# What a block of each paper computes from its input; `s` is the shortcut, see `BLOCKS`.
+PAPERS = {
+    "torchvision": lambda c1, n1, c2, n2, x, s: nnx.relu(n2(c2(nnx.relu(n1(c1(x))))) + s(x)),
+    "xnor": lambda c1, n1, c2, n2, x, s: n2(c2(n1(c1(x)))) + s(x),
+    "bireal": lambda c1, n1, c2, n2, x, s: (lambda y: n2(c2(y)) + y)(n1(c1(x)) + s(x)),
+    **dict.fromkeys(
+        ("dorefa", "pact", "lq"),
+        lambda c1, n1, c2, n2, x, s: c2(nnx.relu(n2(c1(nnx.relu(n1(x)))))) + s(x),
+    ),
+}
+
+
+@pytest.mark.parametrize("preset", PAPERS)
+def test_a_preset_s_block_is_that_of_its_paper(preset, x64):
+    options = {"activation": "relu"} | resnet.PRESETS[preset]
+    shortcut = options["shortcut"]
+    fields = {key: options[key] for key in ("order", "skip", "shortcut", "activation")}
+    style = residual.Style(**fields)
+    block = drawn(lambda: residual.BasicBlock(4, 6, 2, style=style, rngs=nnx.Rngs(0)))
+
+    def carried(x):
+        if shortcut == "pool":
+            x = x.reshape(2, 3, 2, 3, 2, 4).mean((2, 4))
+        y = block.shortcut(x)
+        return y if block.shortcut_norm is None else block.shortcut_norm(y)
+
+    x = jax.random.normal(jax.random.key(0), (2, 6, 6, 4), jnp.float32)
+    expected = PAPERS[preset](block.conv1, block.norm1, block.conv2, block.norm2, x, carried)
+    # float32 rounding of sums of 54 products.
+    np.testing.assert_allclose(block(x), expected, rtol=2e-5, atol=1e-6)
+
+
 def test_every_preset_has_a_layer_list():
     assert {preset for preset, _ in published.RESNETS} == set(resnet.PRESETS)
 
