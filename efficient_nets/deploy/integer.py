@@ -15,9 +15,10 @@ def to_integers(model: nnx.Module, *, settle: bool = False) -> nnx.Module:
     """A copy in evaluation mode whose rounded kernels are whole numbers.
 
     A kernel with codes on a uniform grid becomes int8, or int16 where its codes need it, beside its
-    scales. Where the input of such a layer has codes too (see `ops.branch_maps`), the layer's map
-    is one of whole numbers with sums in int32, and gives bit for bit what it gave before. A kernel
-    of a method without such a grid becomes its rounded values. Neither can be trained.
+    scales; one of whole numbers stays. Where the input of such a layer has codes too (see
+    `ops.branch_maps`), the layer's map is one of whole numbers with sums in int32, and gives bit
+    for bit what it gave before. A kernel of a method without such a grid becomes its rounded
+    values. Neither can be trained.
 
     Args:
       model: The trained net; it is left as it is.
@@ -51,6 +52,9 @@ def _store(layer: layers.Layer) -> Quantizer | None:
     for name, branch in zip(layer.spec.branches, layer.branches, strict=True):
         found = layer.ranges[name]
         arrays, quantizer = found.arrays(), found.quantizer
+        if quantizer.method == "stored":
+            stored = quantizer
+            continue
         rounded = quantizers.rounded(quantizer, branch.kernel[...], arrays)
         if rounded.codes is None:
             branch.kernel = nnx.Param(quantizers.value(rounded))

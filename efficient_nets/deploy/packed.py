@@ -2,10 +2,11 @@
 
 The format is safetensors: other programs can read it, and reading it runs nothing. A rounded kernel
 is two arrays there: `NAME`, packed indices (see `ops.packing`), and `NAME:values`, what the indices
-stand for, `(1, L)`, or `(features, L)` where each feature has its own. The file's metadata have
-shape, bits and type.
+stand for, `(1, L)`, or `(features, L)` where each feature has its own; so is any other kernel with
+so few values that this is smaller. The file's metadata have shape, bits and type.
 """
 
+import functools
 import json
 import pathlib
 
@@ -21,10 +22,11 @@ from efficient_nets.errors import UserError
 from efficient_nets.ops import packing
 
 VALUES = ":values"
+MAX_BITS = 8
 
 
 def save(model: nnx.Module, path: pathlib.Path | str) -> int:
-    """Writes what `to_integers(model)` computes with.
+    """Writes what `to_integers(model)` computes with; the model may be one of these already.
 
     Returns:
       The file's bytes: the layer table's `packed_bytes`, and beside them running averages, values
@@ -33,15 +35,12 @@ def save(model: nnx.Module, path: pathlib.Path | str) -> int:
     Raises:
       UserError: if a quantizer's schedule is not over.
     """
-    for name, found in layers.ranges(model):
-        if not is_settled(found):
-            raise UserError(f"{name}: its schedule is not over, so the net is not what it will be")
-    bits = {
-        f"{path}/{branch}/kernel": layer.spec.precision.kernel.bits
-        for path, layer in layers.layers(model)
-        if layer.spec.precision.kernel is not None
-        for branch in layer.spec.branches
-    }
+    check_settled(model)
+    bits = {}  # None: as many as it takes
+    for where, layer in layers.layers(model):
+        quantizer = layer.spec.precision.kernel
+        for branch in layer.spec.branches:
+            bits[f"{where}/{branch}/kernel"] = None if quantizer is None else quantizer.bits
     arrays, packed = {}, {}
     for name, value in _leaves(to_integers(model)).items():
         indexed = _indexed(value, bits[name]) if name in bits else None
@@ -49,25 +48,36 @@ def save(model: nnx.Module, path: pathlib.Path | str) -> int:
             arrays[name] = value
             continue
         indices, values, used = indexed
-        arrays[name] = packing.pack(indices, used)
-        arrays[name + VALUES] = values
+        codes = packing.pack(indices, used)
+        if bits[name] is None and codes.nbytes + values.nbytes >= value.nbytes:
+            arrays[name] = value
+            continue
+        arrays[name], arrays[name + VALUES] = codes, values
         packed[name] = {"bits": used, "shape": value.shape}
     path = pathlib.Path(path)
     safetensors.save_file(arrays, path, {"packed": json.dumps(packed)})
     return path.stat().st_size
 
 
+def check_settled(model: nnx.Module) -> None:
+    """Raises a UserError if a quantizer's schedule is not over."""
+    for name, found in layers.ranges(model):
+        if not is_settled(found):
+            raise UserError(f"{name}: its schedule is not over, so the net is not what it will be")
+
+
 def load(model: nnx.Module, path: pathlib.Path | str) -> nnx.Module:
     """The net that `save` wrote, in evaluation mode.
 
     Args:
-      model: A net of the same architecture and layers, with any values.
+      model: A net of the same architecture and layers, folded if that was, with any values, or
+        with shapes alone (`nnx.eval_shape`): nothing of it is computed.
       path: The file.
 
     Raises:
       UserError: if the file is of another net; names a leaf that differs.
     """
-    net = to_integers(model, settle=True)
+    net = nnx.eval_shape(functools.partial(to_integers, settle=True), model)
     with safe_open(path, "np") as file:
         packed = json.loads(file.metadata()["packed"])
         found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -76,7 +86,9 @@ def load(model: nnx.Module, path: pathlib.Path | str) -> nnx.Module:
         values = found.pop(name + VALUES)
         columns = np.arange(entry["shape"][-1]) if len(values) > 1 else 0
         found[name] = values[columns, indices]
-    expected = _leaves(net)
+    graph, state = nnx.split(net)
+    shapes = nnx.to_pure_dict(state)
+    expected = paths.named_leaves(shapes)
     for name in sorted({*expected, *found}):
         here, there = (
             f"{x[name].dtype}{list(x[name].shape)}" if name in x else "nothing"
@@ -84,9 +96,7 @@ def load(model: nnx.Module, path: pathlib.Path | str) -> nnx.Module:
         )
         if here != there:
             raise UserError(f"{path} is of another net: {name} is {there} there, {here} here")
-    graph, state = nnx.split(net)
-    values = nnx.to_pure_dict(state)
-    return nnx.merge(graph, paths.map_named(lambda name, _: jnp.asarray(found[name]), values))
+    return nnx.merge(graph, paths.map_named(lambda name, _: jnp.asarray(found[name]), shapes))
 
 
 def _leaves(model: nnx.Module) -> dict[str, np.ndarray]:
@@ -94,9 +104,17 @@ def _leaves(model: nnx.Module) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in paths.named_leaves(state).items()}
 
 
-def _indexed(value: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, int] | None:
-    """Indices, the values they stand for, and their bits; None if there are too many values."""
+def _indexed(value: np.ndarray, bits: int | None) -> tuple[np.ndarray, np.ndarray, int] | None:
+    """Indices, the values they stand for, and their bits; None if there are too many values.
+
+    Without bits, as many as each feature's values take.
+    """
     whole, columns = np.unique(value), value.reshape(-1, value.shape[-1]).T
+    if bits is None:
+        most = max(len(np.unique(column)) for column in columns)
+        bits = max((most - 1).bit_length(), 1)
+        if bits > MAX_BITS:
+            return None
     if len(whole) <= 2**bits:
         return np.searchsorted(whole, value), whole[None], bits
     own = [np.unique(column) for column in columns]
