@@ -5,9 +5,11 @@ it by this config's rules: a linear net starts quadratic with `start='relinear'`
 """
 
 import pathlib
+from typing import Any
 
 import jax
 from flax import nnx
+from ml_collections import ConfigDict
 
 from efficient_nets import config as configs
 from efficient_nets import experiment, layers, sharding, workdirs
@@ -23,8 +25,39 @@ def converted_start(run: Experiment, state: TrainState) -> TrainState:
         rules make another net of it than of a plain one.
     """
     field, folder = "checkpoint.convert_from", pathlib.Path(run.config.checkpoint.convert_from)
-    source = _source_config(field, folder, run)
-    before = experiment.abstract_model(source, run.dataset.info)
+    _check_model(field, folder, run)
+    graph, found = source_net(run, field, folder)
+
+    def convert(found):
+        model = nnx.merge(graph, found["params"], found["stats"])
+        model = experiment.convert(run.config, model, jax.random.key(run.config.seed))
+        _check_same(field, model, nnx.merge(run.graph, *run.abstract[2:4]))
+        _, params, stats = nnx.split(model, nnx.Param, ...)
+        return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
+
+    shardings = jax.tree.map(lambda x: x.sharding, (run.abstract.params, run.abstract.stats))
+    options = experiment.run_once()
+    params, stats = jax.jit(convert, out_shardings=shardings, compiler_options=options)(found)
+    ema = experiment.average_from(run.config, params, stats)
+    return state._replace(params=params, stats=stats, ema=ema)
+
+
+def source_net(
+    run: Experiment, field: str, folder: pathlib.Path
+) -> tuple[nnx.GraphDef, dict[str, Any]]:
+    """The trained net of another run, by that run's own config: graph, and params and stats.
+
+    On all devices of `run`, and for its data. The averaged net if that run kept an average.
+
+    Args:
+      run: This run.
+      field: What names the folder, for errors.
+      folder: The other run's workdir.
+
+    Raises:
+      UserError: if there is no such run, or its checkpoint is not of its config.
+    """
+    before = experiment.abstract_model(_source_config(field, folder), run.dataset.info)
     graph, params, stats = nnx.split(before, nnx.Param, ...)
     everywhere = sharding.replicated(run.mesh)
     like = jax.tree.map(
@@ -35,27 +68,20 @@ def converted_start(run: Experiment, state: TrainState) -> TrainState:
     if left:
         few = "; ".join(f"{path} {reason}" for path, reason in list(left.items())[:5])
         raise UserError(f"{field}={folder} holds another net ({len(left)} leaves): {few}")
-
-    def convert(found):
-        model = nnx.merge(graph, found["params"], found["stats"])
-        model = experiment.convert(run.config, model, jax.random.key(run.config.seed))
-        _check_same(field, model, nnx.merge(run.graph, *run.abstract[2:4]))
-        _, params, stats = nnx.split(model, nnx.Param, ...)
-        return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
-
-    shardings = jax.tree.map(lambda x: x.sharding, (run.abstract.params, run.abstract.stats))
-    params, stats = jax.jit(convert, out_shardings=shardings)(found)
-    ema = experiment.average_from(run.config, params, stats)
-    return state._replace(params=params, stats=stats, ema=ema)
+    return graph, found
 
 
-def _source_config(field: str, folder: pathlib.Path, run: Experiment):
+def _source_config(field: str, folder: pathlib.Path) -> ConfigDict:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{field}={folder}: it is no workdir, it has no config.json")
     source = configs.from_json(path.read_text())
     configs.check(source)
-    here, there = run.config.model.to_dict(), source.model.to_dict()
+    return source
+
+
+def _check_model(field: str, folder: pathlib.Path, run: Experiment) -> None:
+    here, there = run.config.model.to_dict(), _source_config(field, folder).model.to_dict()
     differences = [
         f"{key}: there {there.get(key)!r}, here {here.get(key)!r}"
         for key in sorted({*here, *there})
@@ -63,7 +89,6 @@ def _source_config(field: str, folder: pathlib.Path, run: Experiment):
     ]
     if differences:
         raise UserError(f"{field}={folder} is of another model ({'; '.join(differences)})")
-    return source
 
 
 def _check_same(field: str, converted: nnx.Module, expected: nnx.Module) -> None:

@@ -45,7 +45,7 @@ class Reader:
 
     def main(self, words):
         """The command itself, on 16 digits and a 16th of the channels, with its folders moved."""
-        moved = "^(--(?:workdir|checkpoint|reference)=)"
+        moved = "^(--(?:workdir|checkpoint|reference|config.checkpoint.convert_from)=)"
         words = [re.sub(moved, rf"\1{self.folder}/", word) for word in words]
         if not any(word.startswith("--workdir") for word in words):
             words.append(f"--workdir={self.folder}/default")
