@@ -4,6 +4,8 @@
     python -m efficient_nets.main --config=configs/quantized.py:float --workdir=runs/float
     python -m efficient_nets.main --config=configs/quantized.py:dorefa:w2a2
     python -m efficient_nets.main --config=configs/quantized.py:bireal
+    python -m efficient_nets.main --config=configs/quantized.py:minmax:w8a8 --mode=deploy \\
+        --config.checkpoint.convert_from=runs/float --workdir=runs/int8
 
 272,510 parameters, 40.8 M MACs; of 1,090,040 bytes in float 87,800 are left with LSQ at 2 bits. The
 argument is a short form of `efficient_nets/ops/precision.py`. First and last layer and shortcuts

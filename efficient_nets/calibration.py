@@ -39,14 +39,7 @@ def _with_ranges(run: Experiment, state: TrainState, trained: bool) -> TrainStat
     model = nnx.merge(run.graph, *run.abstract[2:4])
     if not config.batch_size or not any(True for _ in layers.ranges(model)):
         return state
-    batch_size = run.config.train.batch_size  # which the devices divide
-    most = len(run.dataset.train) // batch_size * batch_size
-    size = min(sharding.round_up(config.batch_size, run.mesh), most)
-    rows = sharding.process_rows(size)
-    with contextlib.closing(
-        data.train_batches(run.dataset.train, size, seed=run.config.seed, rows=rows)
-    ) as batches:
-        batch = sharding.put_batch(next(batches), run.mesh)
+    batch = training_batch(run, config.batch_size)
 
     def calibrate(params, stats, batch, resident):
         model = nnx.merge(run.graph, params, stats)
@@ -71,6 +64,18 @@ def _with_ranges(run: Experiment, state: TrainState, trained: bool) -> TrainStat
             )
     ema = experiment.average_from(run.config, params, stats)
     return state._replace(params=params, stats=stats, ema=ema)
+
+
+def training_batch(run: Experiment, images: int) -> dict:
+    """The first batch of training images, of that size or what the devices and the split allow."""
+    batch_size = run.config.train.batch_size  # which the devices divide
+    most = len(run.dataset.train) // batch_size * batch_size
+    size = min(sharding.round_up(images, run.mesh), most)
+    rows = sharding.process_rows(size)
+    with contextlib.closing(
+        data.train_batches(run.dataset.train, size, seed=run.config.seed, rows=rows)
+    ) as batches:
+        return sharding.put_batch(next(batches), run.mesh)
 
 
 def _with_statistics(run: Experiment, state: TrainState) -> TrainState:

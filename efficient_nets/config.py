@@ -25,7 +25,7 @@ from efficient_nets.ops.quantizers import CALIBRATIONS
 
 PRETRAINED = "pretrain"  # teacher.checkpoint: the net in float of config.pretrain
 # A run may be resumed with other values here: they do not change what is computed.
-FREE_SECTIONS = ("log", "sharding")
+FREE_SECTIONS = ("log", "sharding", "deploy")
 NOT_NUMERIC = (
     "data.dir",
     "data.storage",
@@ -52,7 +52,8 @@ BOUNDS = {
         lambda x: x >= 0,
         (
             *("seed", "train.steps_per_dispatch", "optimizer.clip_norm", "optimizer.weight_decay"),
-            *("calibration.batch_size", "calibration.norm_batches", "pretrain.epochs"),
+            *("calibration.batch_size", "calibration.norm_batches", "deploy.bias_correction"),
+            "pretrain.epochs",
             *("schedule.warmup_epochs", "schedule.end_value", "log.histograms_every_epochs"),
         ),
     ),
@@ -203,6 +204,14 @@ def defaults() -> ConfigDict:
             layers=".",
         )
     )
+    config.deploy = ConfigDict(  # what --mode=deploy does with a rounded net
+        dict(
+            fold=True,  # batch norms become parts of the layers in front of them
+            # Training images over which biases make up for what rounding after training does to
+            # the means of outputs; 0: none.
+            bias_correction=0,
+        )
+    )
     config.sharding = ConfigDict(
         dict(
             fsdp=1,  # devices over which matching parameters are cut; the rest are data parallel
@@ -301,8 +310,24 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    """Undoes `to_json`."""
-    return ConfigDict(_tuples(json.loads(text)))
+    """Undoes `to_json`.
+
+    Fields that came after the text was written have their defaults: these stand for what was done
+    without them.
+    """
+    given = _tuples(json.loads(text))
+    reference = defaults()
+    name = given.get("model", {}).get("name", "")
+    reference.model = model(name) if name in models.MODELS else {}
+    return ConfigDict(_completed(given, reference.to_dict()))
+
+
+def _completed(given: dict, reference: dict) -> dict:
+    found = reference | given
+    for key, value in given.items():
+        if isinstance(value, dict) and isinstance(reference.get(key), dict):
+            found[key] = _completed(value, reference[key])
+    return found
 
 
 def _tuples(value: Any) -> Any:
@@ -348,7 +373,7 @@ def _flatten(plain: dict, prefix: str = "") -> dict[str, Any]:
 
 def differences(config: ConfigDict, saved_json: str) -> list[str]:
     """Fields in which a saved run computes something else, as `field: there A, here B`."""
-    here, there = _identity(json.loads(to_json(config))), _identity(json.loads(saved_json))
+    here, there = (_identity(json.loads(to_json(x))) for x in (config, from_json(saved_json)))
     return [
         f"{key}: there {there.get(key)!r}, here {here.get(key)!r}"
         for key in sorted(here.keys() | there.keys())

@@ -8,6 +8,7 @@ import pathlib
 
 import jax
 from flax import nnx
+from ml_collections import ConfigDict
 
 from efficient_nets import experiment, layers, workdirs
 from efficient_nets.errors import UserError
@@ -34,7 +35,8 @@ def converted_start(run: Experiment, state: TrainState) -> TrainState:
         return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
 
     shardings = jax.tree.map(lambda x: x.sharding, (run.abstract.params, run.abstract.stats))
-    params, stats = jax.jit(convert, out_shardings=shardings)(found)
+    options = experiment.run_once()
+    params, stats = jax.jit(convert, out_shardings=shardings, compiler_options=options)(found)
     ema = experiment.average_from(run.config, params, stats)
     return state._replace(params=params, stats=stats, ema=ema)
 

@@ -71,7 +71,7 @@ class Experiment:
         """Fresh parameters, made on the devices where they stay."""
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
         init = functools.partial(_init, self.config, self.dataset.info, self.optimizer)
-        return jax.jit(init, out_shardings=shardings, compiler_options=_run_once())()
+        return jax.jit(init, out_shardings=shardings, compiler_options=run_once())()
 
     def steps(self, epochs: float) -> int:
         return max(round(epochs * self.epoch_steps), 1)
@@ -168,7 +168,7 @@ def build(config: ConfigDict, dataset: data.Dataset, *, training: bool = True) -
     )
 
 
-def _run_once() -> dict:
+def run_once() -> dict:
     """Compiler options for a program that runs once.
 
     XLA:CPU optimises every random draw for a second; a ResNet's initialisation would take longer

@@ -9,6 +9,7 @@ from ml_collections import config_flags
 
 from efficient_nets import config as configs
 from efficient_nets import data, errors, experiment, names, sharding, workdirs
+from efficient_nets.deployment import make_deployable
 from efficient_nets.errors import TrainingDiverged, UserError
 from efficient_nets.evaluation import evaluate
 from efficient_nets.inspection import inspect
@@ -24,23 +25,27 @@ CONFIG = config_flags.DEFINE_config_file(
     accept_new_attributes=True,  # configs.check refuses them, and names the nearest one
 )
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run, else runs/NAME[-ARGUMENT].")
-MODES = ["train", "eval", "summary", "analyze", "sensitivity"]
+MODES = ["train", "eval", "summary", "analyze", "sensitivity", "deploy"]
 MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
-CHECKPOINT = flags.DEFINE_string("checkpoint", "", "eval, analyze: the workdir to restore from.")
-STEP = flags.DEFINE_string("step", "newest", "eval, analyze: newest, best, or a step.")
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", "", "eval, analyze, deploy: the workdir to restore from."
+)
+STEP = flags.DEFINE_string("step", "newest", "eval, analyze, deploy: newest, best, or a step.")
 REFERENCE = flags.DEFINE_string("reference", "", "analyze: an analysed workdir to compare with.")
 DISTRIBUTED = flags.DEFINE_boolean("distributed", False, "One of several processes of a run.")
 
 
 def _run(config, workdir: pathlib.Path) -> None:
+    of_a_checkpoint = "eval analyze deploy"
     for flag, modes in (
-        (CHECKPOINT, "eval analyze"),
-        (STEP, "eval analyze"),
+        (CHECKPOINT, of_a_checkpoint),
+        (STEP, of_a_checkpoint),
         (REFERENCE, "analyze"),
     ):
         if flag.present and MODE.value not in modes.split():
-            modes = modes.replace(" ", " and --mode=")
+            modes = modes.replace(" ", " or --mode=")
             raise UserError(f"--{flag.name}={flag.value}: only --mode={modes} may have it")
+    folder = names.local_folder("--checkpoint", CHECKPOINT.value or str(workdir))
     configs.check(config)
     if MODE.value == "train" and config.mixed != configs.defaults().mixed:
         raise UserError("mixed: only --mode=sensitivity heeds it; train the config that it writes")
@@ -48,13 +53,13 @@ def _run(config, workdir: pathlib.Path) -> None:
         info = data.describe(config.data)
         workdirs.write_summary(workdir, config, experiment.abstract_model(config, info), info)
     elif MODE.value == "eval":
-        folder = names.local_folder("--checkpoint", CHECKPOINT.value or str(workdir))
         evaluate(config, workdir, folder, STEP.value)
     elif MODE.value == "analyze":
-        folder = names.local_folder("--checkpoint", CHECKPOINT.value or str(workdir))
         inspect(config, workdir, folder, STEP.value, REFERENCE.value)
     elif MODE.value == "sensitivity":
         mixed_precision.build(config, workdir)
+    elif MODE.value == "deploy":
+        make_deployable(config, workdir, folder, STEP.value)
     elif config.builder.budget:
         auto_builder.build(config, workdir, train)
     else:

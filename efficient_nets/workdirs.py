@@ -2,7 +2,8 @@
 
 config.json  summary.txt  summary.json  metrics.jsonl  tensorboard/  checkpoints/  plots/
 result.json  (eval.json after --mode=eval; analysis.json, analysis_maps.npz, plots/analysis/,
-tensorboard/analysis/ after --mode=analyze; histograms/ if log.histograms_every_epochs)
+tensorboard/analysis/ after --mode=analyze; net.safetensors, deploy.json after --mode=deploy;
+histograms/ if log.histograms_every_epochs)
 """
 
 import os

@@ -117,6 +117,20 @@ def test_differences_name_the_fields_of_two_runs():
     assert found[1] == "train.epochs: there 1.0, here 7.0"
 
 
+def test_a_run_saved_before_a_field_was_there_has_its_default():
+    config = configs.defaults()
+    saved = json.loads(configs.to_json(config))
+    del saved["calibration"]["norm_batches"], saved["deploy"], saved["model"]["shortcut"]
+    found = configs.from_json(json.dumps(saved))
+    configs.check(found)
+    assert found == config
+    assert configs.differences(config, json.dumps(saved)) == []
+    config.model.shortcut = "pad"
+    assert configs.differences(config, json.dumps(saved)) == [
+        "model.shortcut: there 'conv', here 'pad'"
+    ]
+
+
 def test_json_of_a_config_is_valid_and_stable():
     config = configs.defaults()
     assert json.loads(configs.to_json(config))["schedule"]["name"] == "cosine"

@@ -45,7 +45,7 @@ class Reader:
 
     def main(self, words):
         """The command itself, on 16 digits and a 16th of the channels, with its folders moved."""
-        moved = "^(--(?:workdir|checkpoint|reference)=)"
+        moved = "^(--(?:workdir|checkpoint|reference|config.checkpoint.convert_from)=)"
         words = [re.sub(moved, rf"\1{self.folder}/", word) for word in words]
         if not any(word.startswith("--workdir") for word in words):
             words.append(f"--workdir={self.folder}/default")
@@ -53,13 +53,14 @@ class Reader:
             words += ["--config.data.name=digits", "--config.model.width=0.0625"]
             words += ["--config.data.train=train[:16]", "--config.data.test=test[:8]"]
             words += ["--config.train.batch_size=8", "--config.evaluate.batch_size=8"]
-            words += ["--config.train.epochs=1", *self.tiny_net(words)]
+            words += ["--config.train.epochs=1", "--config.schedule.warmup_epochs=0.0"]
+            words += self.tiny_net(words)
         status, _, err = self.command(*words)
         assert status == 0, err
 
     def tiny_net(self, words):
         if not any("auto_builder" in word for word in words):
-            return ["--config.model.blocks=(1,1,1)"]
+            return ["--config.model.depth=0", "--config.model.blocks=(1,1,1)"]
         return [  # one layer may go, and one round is enough
             *("--config.model.layout=Q7", "--config.layers=()"),
             *("--config.builder.candidates=stage2/1", "--config.builder.keep=0.95"),

@@ -21,10 +21,11 @@ def to_integers(model: nnx.Module, *, settle: bool = False, operands: str = "int
     """A copy in evaluation mode whose rounded kernels are whole numbers.
 
     A kernel with codes on a uniform grid becomes int8, or int16 where its codes need it, beside its
-    scales. Where the input of such a layer has codes too (see `ops.branch_maps`), the layer's map
-    is one of whole numbers with sums in int32, and gives bit for bit what it gave before. A kernel
-    of a method without such a grid becomes its rounded values. Neither can be trained. Where a
-    schedule has stopped a quantizer, nothing is rounded, and its ranges are gone.
+    scales; one of whole numbers stays. Where the input of such a layer has codes too (see
+    `ops.branch_maps`), the layer's map is one of whole numbers with sums in int32, and gives bit
+    for bit what it gave before. A kernel of a method without such a grid becomes its rounded
+    values. Neither can be trained. Where a schedule has stopped a quantizer, nothing is rounded,
+    and its ranges are gone.
 
     Args:
       model: The trained net; it is left as it is.
@@ -89,6 +90,9 @@ def _store(layer: layers.Layer, operands: str, of_input: Quantizer | None) -> Qu
     for name, branch in zip(layer.spec.branches, layer.branches, strict=True):
         found = layer.ranges[name]
         arrays, quantizer = found.arrays(), found.quantizer
+        if quantizer.method == "stored":
+            stored = quantizer
+            continue
         rounded = quantizers.rounded(quantizer, branch.kernel[...], arrays)
         if rounded.codes is None:
             branch.kernel = nnx.Param(quantizers.value(rounded))

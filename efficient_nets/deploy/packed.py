@@ -2,10 +2,11 @@
 
 The format is safetensors: other programs can read it, and reading it runs nothing. A rounded kernel
 is two arrays there: `NAME`, packed indices (see `ops.packing`), and `NAME:values`, what the indices
-stand for, `(1, L)`, or `(features, L)` where each feature has its own. The file's metadata have
-shape, bits and type.
+stand for, `(1, L)`, or `(features, L)` where each feature has its own; so is any other kernel with
+so few values that this is smaller. The file's metadata have shape, bits and type.
 """
 
+import functools
 import json
 import pathlib
 
@@ -21,10 +22,13 @@ from efficient_nets.errors import UserError
 from efficient_nets.ops import packing
 
 VALUES = ":values"
+MAX_BITS = 8
 
 
 def save(model: nnx.Module, path: pathlib.Path | str) -> int:
-    """Writes what `to_integers(model)` computes with; a net of int4 operands is as one of int8.
+    """Writes what `to_integers(model)` computes with; the model may be one of these already.
+
+    A net of int4 operands is written as one of int8.
 
     Returns:
       The file's bytes: the layer table's `packed_bytes`, and beside them running averages, values
@@ -33,15 +37,14 @@ def save(model: nnx.Module, path: pathlib.Path | str) -> int:
     Raises:
       UserError: if a quantizer's schedule is not over.
     """
-    for name, found in layers.ranges(model):
-        if not is_settled(found):
-            raise UserError(f"{name}: its schedule is not over, so the net is not what it will be")
-    bits = {
-        f"{path}/{branch}/kernel".removeprefix("/"): layer.spec.precision.kernel.bits
-        for path, layer in layers.layers(model)
-        if layer.spec.precision.kernel is not None and not layer.spec.precision.kernel.stop_epoch
-        for branch in layer.spec.branches
-    }
+    check_settled(model)
+    bits = {}  # None: as many as it takes
+    for where, layer in layers.layers(model):
+        quantizer = layer.spec.precision.kernel
+        for branch in layer.spec.branches:
+            name = f"{where}/{branch}/kernel".removeprefix("/")
+            gone = quantizer is None or quantizer.stop_epoch
+            bits[name] = None if gone else quantizer.bits
     arrays, packed = {}, {}
     for name, value in _leaves(to_integers(model)).items():
         indexed = _indexed(value, bits[name]) if name in bits else None
@@ -49,26 +52,38 @@ def save(model: nnx.Module, path: pathlib.Path | str) -> int:
             arrays[name] = value
             continue
         indices, values, used = indexed
-        arrays[name] = packing.pack(indices, used)
-        arrays[name + VALUES] = values
+        codes = packing.pack(indices, used)
+        if bits[name] is None and codes.nbytes + values.nbytes >= value.nbytes:
+            arrays[name] = value
+            continue
+        arrays[name], arrays[name + VALUES] = codes, values
         packed[name] = {"bits": used, "shape": value.shape}
     path = pathlib.Path(path)
     safetensors.save_file(arrays, path, {"packed": json.dumps(packed)})
     return path.stat().st_size
 
 
+def check_settled(model: nnx.Module) -> None:
+    """Raises a UserError if a quantizer's schedule is not over."""
+    for name, found in layers.ranges(model):
+        if not is_settled(found):
+            raise UserError(f"{name}: its schedule is not over, so the net is not what it will be")
+
+
 def load(model: nnx.Module, path: pathlib.Path | str, *, operands: str = "int8") -> nnx.Module:
     """The net that `save` wrote, in evaluation mode.
 
     Args:
-      model: A net of the same architecture and layers, with any values.
+      model: A net of the same architecture and layers, folded if that was, with any values, or
+        with shapes alone (`nnx.eval_shape`): nothing of it is computed.
       path: The file.
       operands: As `to_integers` takes them, whichever the net had that was saved.
 
     Raises:
       UserError: if the file is of another net; names a leaf that differs.
     """
-    net = to_integers(model, settle=True, operands=operands)
+    make = functools.partial(to_integers, settle=True, operands=operands)
+    net = nnx.eval_shape(make, model)
     with safe_open(path, "np") as file:
         packed = json.loads(file.metadata()["packed"])
         found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -77,7 +92,9 @@ def load(model: nnx.Module, path: pathlib.Path | str, *, operands: str = "int8")
         values = found.pop(name + VALUES)
         columns = np.arange(entry["shape"][-1]) if len(values) > 1 else 0
         found[name] = values[columns, indices]
-    expected = _leaves(net)
+    graph, state = nnx.split(net)
+    shapes = nnx.to_pure_dict(state)
+    expected = paths.named_leaves(shapes)
     for name in expected.keys() & found.keys():
         if expected[name].dtype == jnp.int4 and np.all(found[name] == found[name].astype(jnp.int4)):
             found[name] = found[name].astype(jnp.int4)
@@ -88,9 +105,7 @@ def load(model: nnx.Module, path: pathlib.Path | str, *, operands: str = "int8")
         )
         if here != there:
             raise UserError(f"{path} is of another net: {name} is {there} there, {here} here")
-    graph, state = nnx.split(net)
-    values = nnx.to_pure_dict(state)
-    return nnx.merge(graph, paths.map_named(lambda name, _: jnp.asarray(found[name]), values))
+    return nnx.merge(graph, paths.map_named(lambda name, _: jnp.asarray(found[name]), shapes))
 
 
 def _leaves(model: nnx.Module) -> dict[str, np.ndarray]:
@@ -98,9 +113,17 @@ def _leaves(model: nnx.Module) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in paths.named_leaves(state).items()}
 
 
-def _indexed(value: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, int] | None:
-    """Indices, the values they stand for, and their bits; None if there are too many values."""
+def _indexed(value: np.ndarray, bits: int | None) -> tuple[np.ndarray, np.ndarray, int] | None:
+    """Indices, the values they stand for, and their bits; None if there are too many values.
+
+    Without bits, as many as each feature's values take.
+    """
     whole, columns = np.unique(value), value.reshape(-1, value.shape[-1]).T
+    if bits is None:
+        most = max(len(np.unique(column)) for column in columns)
+        bits = max((most - 1).bit_length(), 1)
+        if bits > MAX_BITS:
+            return None
     if len(whole) <= 2**bits:
         return np.searchsorted(whole, value), whole[None], bits
     own = [np.unique(column) for column in columns]

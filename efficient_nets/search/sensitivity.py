@@ -120,7 +120,7 @@ class _Switched:
         }
         config = experiment.without_idle_rules(with_choices(config, precisions))
         run = experiment.build(config, dataset, training=False)
-        state = conversion.converted_start(run, run.initial_state())
+        state = conversion.converted_start(run, run.abstract)
         self._state = calibration.calibrated_start(run, state, trained=True)
         self._evaluator = Evaluator(run, "validation")
 

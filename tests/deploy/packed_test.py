@@ -90,6 +90,24 @@ def test_a_file_of_another_net(tmp_path):
         deploy.load(net("w=lsq:4"), path)
 
 
+@pytest.mark.parametrize("precision", ["lsq:w4a4", "dorefa:w8a8", "w=ttq,a=pact:2"])
+def test_nets_of_whole_numbers_and_folded_ones_are_saved_as_they_are(precision, tmp_path):
+    trained, x = net(precision), normal(4, 8, 8, 3)
+    trained = layers.calibrate(trained, x)
+    whole = deploy.to_integers(trained)
+    folded, left = deploy.fold_norms(whole, (8, 8, 3))
+    assert not left
+    sizes = [deploy.save(each, tmp_path / "net") for each in (trained, whole, folded)]
+    # Features have scales, or values, of their own, and biases; norms had four numbers of each.
+    assert sizes[0] * 0.98 < sizes[1] < sizes[0] * 1.02
+    assert sizes[2] < sizes[0]
+    template, _ = deploy.fold_norms(deploy.to_integers(net(precision, seed=1)), (8, 8, 3))
+    found = deploy.load(template, tmp_path / "net")
+    np.testing.assert_array_equal(found(x), folded(x))
+    with pytest.raises(UserError, match="is of another net"):
+        deploy.load(net(precision, seed=1), tmp_path / "net")
+
+
 def test_schedules_must_be_over(tmp_path):
     spec = dict(
         input=dict(method="lsq", bits=4, float_epochs=1.0),
