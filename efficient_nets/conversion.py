@@ -8,7 +8,6 @@ import pathlib
 
 import jax
 from flax import nnx
-from ml_collections import ConfigDict
 
 from efficient_nets import experiment, layers, workdirs
 from efficient_nets.errors import UserError
