@@ -70,19 +70,31 @@ def test_rounding_after_training(plain, tmp_path, capsys):
 
     net, images = outputs(config, tmp_path)
     assert not norms(net) and net.stage1[0].conv1.w.kernel.dtype == np.int8
-    folded = config.copy_and_resolve_references()
-    folded.deploy.bias_correction = 0
-    without = deployed(folded, tmp_path / "without")
-    assert not without["corrected"]
-    other, _ = outputs(folded, tmp_path / "without")
-    changed = [
-        path
-        for (path, layer), (_, old) in zip(layers.layers(net), layers.layers(other), strict=True)
-        if np.any(layer.w.bias[...] != old.w.bias[...])
-    ]
-    assert {"stage1/0/conv1", "stage3/0/shortcut", "head"} <= set(changed)
     with pytest.raises(UserError, match=r"is of another net"):
         deployment.load(config_of((dict(match="head", precision="minmax:w8a8"),)), tmp_path)
+
+
+@pytest.mark.slow
+def test_biases_are_corrected_with_norms_and_without(plain, tmp_path):
+    nets = {}
+    for fold, images in ((True, 0), (True, 60), (False, 60)):
+        config = config_of(checkpoint__convert_from=str(plain), deploy__bias_correction=images)
+        config.deploy.fold = fold
+        folder = tmp_path / f"{fold}{images}"
+        result = deployed(config, folder)
+        assert (result["fold"], result["corrected"]) == ("before" if fold else "not", images > 0)
+        nets[fold, images] = outputs(config, folder)[0]
+    kept = nets[False, 60]
+    assert len(norms(kept)) == 9 and np.any(kept.stem.w.bias[...] == 0)  # the stem is not rounded
+    assert np.any(kept.stage1[0].conv1.w.bias[...])
+    changed = {
+        path
+        for (path, layer), (_, old) in zip(
+            *(layers.layers(nets[True, images]) for images in (60, 0)), strict=True
+        )
+        if np.any(layer.w.bias[...] != old.w.bias[...])
+    }
+    assert {"stage1/0/conv1", "stage3/0/shortcut", "head"} <= changed
 
 
 @pytest.mark.slow
