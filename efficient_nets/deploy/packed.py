@@ -1,9 +1,10 @@
 """Nets for use as files: weights as bits, everything else in its own type.
 
 The format is safetensors: other programs can read it, and reading it runs nothing. A rounded kernel
-is two arrays there: `NAME`, packed indices (see `ops.packing`), and `NAME:values`, what the indices
-stand for, `(1, L)`, or `(features, L)` where each feature has its own. The file's metadata have
-shape, bits and type.
+of L levels is two arrays there: `NAME`, packed indices (see `ops.packing`), and `NAME:values`, what
+the indices stand for, `(G, L)`: one row for all channels, or one for each of G groups of them.
+Which of these follows from the quantizer, not from the values; a row that takes fewer values
+repeats its last. The file's metadata have each one's shape, bits, and the axis of the channels.
 """
 
 import json
@@ -19,16 +20,17 @@ from efficient_nets import layers, paths
 from efficient_nets.deploy.integer import is_settled, to_integers
 from efficient_nets.errors import UserError
 from efficient_nets.ops import packing
+from efficient_nets.ops.quantizers import Quantizer, groups
 
 VALUES = ":values"
+SAVED = nnx.Not(nnx.RngState)  # keys of dropout and the like: in evaluation nothing asks for them
 
 
 def save(model: nnx.Module, path: pathlib.Path | str) -> int:
     """Writes what `to_integers(model)` computes with; a net of int4 operands is as one of int8.
 
     Returns:
-      The file's bytes: the layer table's `packed_bytes`, and beside them running averages, values
-      of the indices and a header.
+      The file's bytes: `packed_bytes` of `analysis.model_cost`, and a header.
 
     Raises:
       UserError: if a quantizer's schedule is not over.
@@ -36,22 +38,22 @@ def save(model: nnx.Module, path: pathlib.Path | str) -> int:
     for name, found in layers.ranges(model):
         if not is_settled(found):
             raise UserError(f"{name}: its schedule is not over, so the net is not what it will be")
-    bits = {
-        f"{path}/{branch}/kernel".removeprefix("/"): layer.spec.precision.kernel.bits
+    of_kernels = {
+        f"{path}/{branch}/kernel".removeprefix("/"): layer.spec.precision.kernel
         for path, layer in layers.layers(model)
         if layer.spec.precision.kernel is not None and not layer.spec.precision.kernel.stop_epoch
         for branch in layer.spec.branches
     }
     arrays, packed = {}, {}
     for name, value in _leaves(to_integers(model)).items():
-        indexed = _indexed(value, bits[name]) if name in bits else None
-        if indexed is None:
+        if name not in of_kernels:
             arrays[name] = value
             continue
-        indices, values, used = indexed
-        arrays[name] = packing.pack(indices, used)
-        arrays[name + VALUES] = values
-        packed[name] = {"bits": used, "shape": value.shape}
+        kernel = of_kernels[name]
+        indices, arrays[name + VALUES] = _indexed(value, kernel)
+        arrays[name] = packing.pack(indices, kernel.bits)
+        axis = groups.channel_axis(kernel)
+        packed[name] = {"bits": kernel.bits, "shape": value.shape, "axis": axis}
     path = pathlib.Path(path)
     safetensors.save_file(arrays, path, {"packed": json.dumps(packed)})
     return path.stat().st_size
@@ -75,8 +77,7 @@ def load(model: nnx.Module, path: pathlib.Path | str, *, operands: str = "int8")
     for name, entry in packed.items():
         indices = packing.unpack(found[name], entry["bits"], tuple(entry["shape"]))
         values = found.pop(name + VALUES)
-        columns = np.arange(entry["shape"][-1]) if len(values) > 1 else 0
-        found[name] = values[columns, indices]
+        found[name] = values[_rows(len(values), indices.shape, entry["axis"]), indices]
     expected = _leaves(net)
     for name in expected.keys() & found.keys():
         if expected[name].dtype == jnp.int4 and np.all(found[name] == found[name].astype(jnp.int4)):
@@ -88,27 +89,33 @@ def load(model: nnx.Module, path: pathlib.Path | str, *, operands: str = "int8")
         )
         if here != there:
             raise UserError(f"{path} is of another net: {name} is {there} there, {here} here")
-    graph, state = nnx.split(net)
+    graph, state, others = nnx.split(net, SAVED, ...)
     values = nnx.to_pure_dict(state)
-    return nnx.merge(graph, paths.map_named(lambda name, _: jnp.asarray(found[name]), values))
+    values = paths.map_named(lambda name, _: jnp.asarray(found[name]), values)
+    return nnx.merge(graph, values, others)
 
 
 def _leaves(model: nnx.Module) -> dict[str, np.ndarray]:
-    state = nnx.to_pure_dict(nnx.state(model))
+    state = nnx.to_pure_dict(nnx.state(model, SAVED))
     return {name: np.asarray(value) for name, value in paths.named_leaves(state).items()}
 
 
-def _indexed(value: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, int] | None:
-    """Indices, the values they stand for, and their bits; None if there are too many values."""
-    whole, columns = np.unique(value), value.reshape(-1, value.shape[-1]).T
-    if len(whole) <= 2**bits:
-        return np.searchsorted(whole, value), whole[None], bits
-    own = [np.unique(column) for column in columns]
-    if max(map(len, own)) > 2**bits:
-        return None
-    width = max(map(len, own))
-    values = np.stack([np.pad(each, (0, width - len(each)), mode="edge") for each in own])
-    indices = np.stack(
-        [np.searchsorted(each, column) for each, column in zip(own, columns, strict=True)]
-    )
-    return indices.T.reshape(value.shape), values, bits
+def _rows(number: int, shape: tuple[int, ...], axis: int) -> np.ndarray:
+    """Which of so many groups each channel is in, to broadcast to a kernel of this shape."""
+    rows = np.arange(shape[axis]) * number // shape[axis]
+    return np.expand_dims(rows, tuple(i for i in range(len(shape)) if i != axis % len(shape)))
+
+
+def _indexed(value: np.ndarray, quantizer: Quantizer) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of a kernel's shape, and the table of values that they stand for."""
+    number, levels = packing.table_shape(quantizer, value.shape, value.dtype)
+    rows = np.broadcast_to(_rows(number, value.shape, groups.channel_axis(quantizer)), value.shape)
+    indices, table = np.zeros(value.shape, np.uint8), np.zeros((number, levels), value.dtype)
+    for row in range(number):
+        own = value[rows == row]
+        found = np.unique(own)
+        if len(found) > levels:
+            raise ValueError(f"{quantizer.method!r} gives {len(found)} values, not {levels}")
+        indices[rows == row] = np.searchsorted(found, own)
+        table[row] = np.pad(found, (0, levels - len(found)), mode="edge")
+    return indices, table
