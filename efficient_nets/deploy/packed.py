@@ -109,13 +109,14 @@ def _rows(number: int, shape: tuple[int, ...], axis: int) -> np.ndarray:
 def _indexed(value: np.ndarray, quantizer: Quantizer) -> tuple[np.ndarray, np.ndarray]:
     """Indices of a kernel's shape, and the table of values that they stand for."""
     number, levels = packing.table_shape(quantizer, value.shape, value.dtype)
-    rows = np.broadcast_to(_rows(number, value.shape, groups.channel_axis(quantizer)), value.shape)
-    indices, table = np.zeros(value.shape, np.uint8), np.zeros((number, levels), value.dtype)
-    for row in range(number):
-        own = value[rows == row]
+    axis = groups.channel_axis(quantizer)
+    channels_first = np.moveaxis(value, axis, 0)
+    indices, table = [], []
+    for own in channels_first.reshape(number, -1):
         found = np.unique(own)
         if len(found) > levels:
             raise ValueError(f"{quantizer.method!r} gives {len(found)} values, not {levels}")
-        indices[rows == row] = np.searchsorted(found, own)
-        table[row] = np.pad(found, (0, levels - len(found)), mode="edge")
-    return indices, table
+        indices.append(np.searchsorted(found, own))
+        table.append(np.pad(found, (0, levels - len(found)), mode="edge"))
+    indices = np.stack(indices).reshape(channels_first.shape)
+    return np.moveaxis(indices, 0, axis), np.stack(table)
