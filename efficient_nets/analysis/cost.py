@@ -4,6 +4,7 @@ The net is traced on one image and never run, so nets of shapes (`nnx.eval_shape
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,8 +14,9 @@ import jax.numpy as jnp
 from clu import parameter_overview
 from flax import nnx
 
-from efficient_nets.layers import Codes, Layer, watched
-from efficient_nets.ops import forms
+from efficient_nets.layers import Codes, Layer, layers, watched
+from efficient_nets.ops import forms, packing, quantizers
+from efficient_nets.ops.quantizers import Arrays, Quantizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,14 +30,19 @@ class LayerCost:
       input_shape: `(*spatial, C)` of its first call, without the batch axis.
       output_shape: The same of its output.
       neuron, norm, kernel, algorithm, precision: Members of the axes, see `layers.LayerSpec`.
-      bits: Bits of a weight: those of its codes where it is rounded.
+      bits: Bits of a weight: those of its codes where it is rounded, those of the parameters' type
+        where not, or where a schedule stops it in the end.
       input_bits: The same of what it is multiplied with.
-      params: Its own parameters: kernels, biases and branch norms.
-      bytes: What these take in training.
-      packed_bytes: The same with the kernels packed as codes of `bits` bits.
+      output_bits, gradient_bits: Of the neuron's value, and of what the linear maps get back in
+        training; 0 where these are not rounded.
+      params: Its own parameters: kernels, biases, branch norms, and what its quantizers learn.
+      bytes: What all its arrays take in training: these, and running averages and observed ranges.
+      packed_bytes: What they take in the file of `deploy.save`: each kernel as codes of `bits` bits
+        with their table of values and scales, and all else that the net computes with.
       macs: Multiply-accumulates of the linear maps and multiplications of squares, forms and the
         neuron's products, over all calls.
-      bops: Bit operations: `bits * input_bits` for each of the MACs.
+      bops: Bit operations, over all calls: the product of both operands' bits for each of the MACs.
+        A square has twice the input's bits; branches are multiplied with each other in float.
     """
 
     name: str
@@ -50,6 +57,8 @@ class LayerCost:
     precision: str
     bits: int
     input_bits: int
+    output_bits: int
+    gradient_bits: int
     params: int
     bytes: int
     packed_bytes: int
@@ -89,16 +98,16 @@ def layer_costs(model: nnx.Module, image_shape: Sequence[int]) -> list[LayerCost
 def model_cost(model: nnx.Module, image_shape: Sequence[int]) -> dict[str, Any]:
     """Costs of a whole net; arithmetic outside of Dense and Conv is not counted.
 
-    Of all parameters, norms included, `params`, `bytes`, `packed_bytes`; of the layers `macs`,
-    `bops` and `layers`.
+    Of the whole net, norms included, `params`, `bytes` and `packed_bytes`, which a `LayerCost` has
+    of a layer: `packed_bytes` are those of all arrays that `deploy.save` writes, its header aside.
+    Of the layers `macs`, `bops` and `layers`.
     """
     costs = layer_costs(model, image_shape)
-    params, size = _parameters(model)
     return {
-        "params": params,
+        "params": _params(model),
         "macs": sum(cost.macs for cost in costs),
-        "bytes": size,
-        "packed_bytes": size - sum(cost.bytes - cost.packed_bytes for cost in costs),
+        "bytes": _bytes(model),
+        "packed_bytes": _packed_bytes(model),
         "bops": sum(cost.bops for cost in costs),
         "layers": costs,
     }
@@ -108,23 +117,27 @@ def _layer_cost(path: str, layer: Layer, input_shape, output_shape) -> LayerCost
     spec, geometry = layer.spec, layer.geometry
     kernels = tuple(branch.kernel.shape for branch in layer.branches)
     positions = math.prod(output_shape[:-1])
-    # Each position of the output takes every weight once: a kernel's shape already ends in the
-    # output's channels, and its input channels are those of one group.
-    macs = positions * sum(map(math.prod, kernels)) + spec.parts.products * math.prod(output_shape)
+    of_float = 8 * jnp.dtype(geometry.param_dtype).itemsize
+    rounded = {
+        site: quantizer.bits
+        for site, quantizer in spec.precision.quantizers.items()
+        if not quantizer.stop_epoch
+    }
+    bits, input_bits = (rounded.get(site, of_float) for site in ("kernel", "input"))
+    square_bits = min(2 * input_bits, of_float)
+    # Multiplications, each with the bits of both operands. Each position of the output takes every
+    # weight once: a kernel's shape already ends in the output's channels, and its input channels
+    # are those of one group.
+    products = [
+        (positions * math.prod(shape), bits, input_bits if reads == "x" else square_bits)
+        for shape, reads in zip(kernels, map(spec.parts.read_by, spec.branches), strict=True)
+    ]
+    products.append((spec.parts.products * math.prod(output_shape), of_float, of_float))
     if "square" in spec.parts.kinds:
-        macs += math.prod(input_shape)
+        products.append((math.prod(input_shape), input_bits, input_bits))
     if "form" in spec.parts.kinds:  # products of pairs of inputs, which all features share
-        macs += positions * geometry.groups * forms.pairs(geometry.inputs)
-    params, size = _parameters(layer)
-    item = jnp.dtype(geometry.param_dtype).itemsize
-    bits, input_bits = (
-        8 * item if quantizer is None or quantizer.stop_epoch else quantizer.bits
-        for quantizer in (spec.precision.kernel, spec.precision.input)
-    )
-    packed = size
-    for branch in layer.branches:
-        kernel = branch.kernel[...]
-        packed -= kernel.size * kernel.dtype.itemsize - -(-kernel.size * bits // 8)
+        pairs = positions * geometry.groups * forms.pairs(geometry.inputs)
+        products.append((pairs, input_bits, input_bits))
     return LayerCost(
         name=path,
         kind=type(layer).__name__,
@@ -138,16 +151,62 @@ def _layer_cost(path: str, layer: Layer, input_shape, output_shape) -> LayerCost
         precision=str(spec.precision),
         bits=bits,
         input_bits=input_bits,
-        params=params,
-        bytes=size,
-        packed_bytes=packed,
-        macs=macs,
-        bops=bits * input_bits * macs,
+        output_bits=rounded.get("output", 0),
+        gradient_bits=rounded.get("gradient", 0),
+        params=_params(layer),
+        bytes=_bytes(layer),
+        packed_bytes=_packed_bytes(layer),
+        macs=sum(count for count, *_ in products),
+        bops=sum(math.prod(each) for each in products),
     )
 
 
-def _parameters(module: nnx.Module) -> tuple[int, int]:
-    """Number of a module's parameters, and the bytes they take."""
+def _params(module: nnx.Module) -> int:
     params = nnx.to_pure_dict(nnx.state(module, nnx.Any(nnx.Param, Codes)))
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-    return int(parameter_overview.count_parameters(params)), size
+    return int(parameter_overview.count_parameters(params))
+
+
+def _size(arrays: Any) -> int:
+    """Bytes of a tree of arrays, or of their shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
+
+
+def _bytes(module: nnx.Module) -> int:
+    """Of all its arrays, but for the keys of dropout and the like."""
+    return _size(nnx.state(module, nnx.Not(nnx.RngState)))
+
+
+def _packed_bytes(module: nnx.Module) -> int:
+    """Of the arrays of a file for use, once the schedules of its quantizers are over."""
+    size = _bytes(module)
+    for _, layer in layers(module):
+        for name, found in (layer.ranges or {}).items():
+            arrays = nnx.to_pure_dict(nnx.state(found))
+            size -= _size(arrays)
+            learned, observed = (
+                {name: arrays[name] for name in names} for names in (found.learned, found.observed)
+            )
+            end = quantizers.settled(found.quantizer, Arrays(learned, observed))
+            if end is None:
+                continue
+            if name not in layer.spec.branches:
+                size += _size(end[1])
+                continue
+            kernel = getattr(layer, name).kernel
+            size += _packed_kernel(kernel, *end) - _size(kernel)
+    return size
+
+
+def _packed_kernel(kernel, quantizer: Quantizer, arrays: Arrays) -> int:
+    """Of its indices, their table, and the scales and factors that are left of the range."""
+    kernel = jax.ShapeDtypeStruct(kernel.shape, kernel.dtype)
+    rounded = jax.eval_shape(functools.partial(quantizers.rounded, quantizer), kernel, arrays)
+    kept = ()
+    if rounded.codes is None:
+        dtype = rounded.value.dtype
+    else:
+        dtype = jnp.dtype(packing.narrowest(quantizers.code_bounds(quantizer)))
+        _, kept = quantizers.stored(quantizer, arrays, rounded)
+    table = packing.table_shape(quantizer, kernel.shape, dtype)
+    indices = packing.packed_size(math.prod(kernel.shape), quantizer.bits)
+    return indices + math.prod(table) * dtype.itemsize + _size(kept)

@@ -11,7 +11,7 @@ from efficient_nets.analysis.cost import LayerCost, model_cost
 
 HEADER = (
     *("name", "parameter", "input", "neuron", "kernel", "algorithm", "precision"),
-    *("bits", "size", "share", "MACs"),
+    *("bits", "size", "share", "MACs", "BOPs"),
 )
 FIRST_NUMBER = HEADER.index("bits")  # numbers are flush right
 
@@ -31,9 +31,10 @@ def layer_table(model: nnx.Module, image_shape: Sequence[int]) -> str:
     """A text table with a line a layer in the order of the calls, and totals.
 
     `parameter` is the shape of a kernel, with `*3` where the neuron has three of it; `neuron` is
-    `ours+branch` where its branches are normed; `bits` is that of weights, of inputs if another;
-    `size` is with packed codes, `share` of the net's; MACs are for one image. Parameters
-    outside of Dense and Conv, such as the norms between them, share one line.
+    `ours+branch` where its branches are normed; `bits` is that of weights and, behind a slash, of
+    inputs if another, `o8` that of rounded outputs, `g6` of gradients; `size` is in the file for
+    use, `share` of the net's; MACs and, where anything is rounded, bit operations (BOPs) are for
+    one image. Arrays outside of Dense and Conv, such as the norms between them, share one line.
 
     Args:
       model: See `cost.layer_costs`.
@@ -43,15 +44,20 @@ def layer_table(model: nnx.Module, image_shape: Sequence[int]) -> str:
     size = cost["packed_bytes"]
     rows = [_row(layer, size) for layer in cost["layers"]]
     if others := size - sum(layer.packed_bytes for layer in cost["layers"]):
-        rows.append(_sparse_row("other parameters", others, size, ""))
-    total = _sparse_row("total", size, size, _short(cost["macs"]))
-    table = [HEADER, *rows, total]
+        rows.append(_sparse_row("other arrays", others, size))
+    counts = (_short(cost["macs"]), _short(cost["bops"]))
+    table = [HEADER, *rows, _sparse_row("total", size, size, counts)]
+    rounded = any(layer.precision != "float" for layer in cost["layers"])
+    if not rounded:
+        table = [row[:-1] for row in table]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["  ".join(_aligned(row, widths)).rstrip() for row in table]
     rule = "-" * max(map(len, lines))
     figures = f"{cost['params']:,} parameters, {cost['macs']:,} MACs"
+    if rounded:
+        figures += f", {_short(cost['bops'])} bit operations"
     if size != cost["bytes"]:
-        figures += f", {_short(cost['bops'])} bit operations, {size:,} of {cost['bytes']:,} bytes"
+        figures += f", {size:,} of {cost['bytes']:,} bytes"
     figures += f" for an image of {_shape(image_shape)}"
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], figures])
 
@@ -67,16 +73,26 @@ def _row(layer: LayerCost, total_bytes: int) -> tuple[str, ...]:
         layer.kernel,
         layer.algorithm,
         layer.precision,
-        str(layer.bits) if layer.bits == layer.input_bits else f"{layer.bits}/{layer.input_bits}",
+        _bits(layer),
         _size(layer.packed_bytes),
         _share(layer.packed_bytes, total_bytes),
         _short(layer.macs),
+        _short(layer.bops),
     )
 
 
-def _sparse_row(name: str, size: int, total_bytes: int, macs: str) -> tuple[str, ...]:
-    gap = ("",) * (len(HEADER) - 4)
-    return (name, *gap, _size(size), _share(size, total_bytes), macs)
+def _bits(layer: LayerCost) -> str:
+    """`32`, `2/4`, `4 o8 g6`."""
+    shown = str(layer.bits)
+    if layer.input_bits != layer.bits:
+        shown += f"/{layer.input_bits}"
+    others = (("o", layer.output_bits), ("g", layer.gradient_bits))
+    return shown + "".join(f" {letter}{bits}" for letter, bits in others if bits)
+
+
+def _sparse_row(name: str, size: int, whole: int, counts=("", "")) -> tuple[str, ...]:
+    gap = ("",) * (len(HEADER) - 5)
+    return (name, *gap, _size(size), _share(size, whole), *counts)
 
 
 def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:

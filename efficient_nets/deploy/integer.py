@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_nets import layers, names
-from efficient_nets.ops import branch_maps, quantizers
+from efficient_nets.ops import branch_maps, packing, quantizers
 from efficient_nets.ops.precision import Precision
 from efficient_nets.ops.quantizers import Quantizer
 
@@ -77,11 +77,10 @@ def is_settled(found: layers.Range) -> bool:
 
 def _kernel_type(kernel: Quantizer, operands: str, of_input: Quantizer | None) -> jnp.dtype:
     """The narrowest type of a kernel's codes."""
-    low, high = quantizers.code_bounds(kernel)
     narrow = operands == "int4" and of_input is not None
     narrow = narrow and branch_maps.fits(quantizers.code_bounds(of_input), jnp.int4)
     able = [jnp.int4, jnp.int8, jnp.int16] if narrow else [jnp.int8, jnp.int16]
-    return next(x for x in able if jnp.iinfo(x).min <= low and high <= jnp.iinfo(x).max)
+    return packing.narrowest(quantizers.code_bounds(kernel), able)
 
 
 def _store(layer: layers.Layer, operands: str, of_input: Quantizer | None) -> Quantizer | None:

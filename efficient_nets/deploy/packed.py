@@ -1,9 +1,11 @@
 """Nets for use as files: weights as bits, everything else in its own type.
 
 The format is safetensors: other programs can read it, and reading it runs nothing. A rounded kernel
-is two arrays there: `NAME`, packed indices (see `ops.packing`), and `NAME:values`, what the indices
-stand for, `(1, L)`, or `(features, L)` where each feature has its own; so is any other kernel with
-so few values that this is smaller. The file's metadata have shape, bits and type.
+of L levels is two arrays there: `NAME`, packed indices (see `ops.packing`), and `NAME:values`, what
+the indices stand for, `(G, L)`: one row for all channels, or one for each of G groups of them.
+Which of these follows from the quantizer, not from the values; a row that takes fewer values
+repeats its last. A kernel without a quantizer that has so few values a feature that this is smaller
+is written so too. The file's metadata have each one's shape, bits, and the axis of the channels.
 """
 
 import functools
@@ -20,9 +22,11 @@ from efficient_nets import layers, paths
 from efficient_nets.deploy.integer import is_settled, to_integers
 from efficient_nets.errors import UserError
 from efficient_nets.ops import packing
+from efficient_nets.ops.quantizers import Quantizer, groups
 
 VALUES = ":values"
 MAX_BITS = 8
+SAVED = nnx.Not(nnx.RngState)  # keys of dropout and the like: in evaluation nothing asks for them
 
 
 def save(model: nnx.Module, path: pathlib.Path | str) -> int:
@@ -31,33 +35,28 @@ def save(model: nnx.Module, path: pathlib.Path | str) -> int:
     A net of int4 operands is written as one of int8.
 
     Returns:
-      The file's bytes: the layer table's `packed_bytes`, and beside them running averages, values
-      of the indices and a header.
+      The file's bytes: `packed_bytes` of `analysis.model_cost`, and a header.
 
     Raises:
       UserError: if a quantizer's schedule is not over.
     """
     check_settled(model)
-    bits = {}  # None: as many as it takes
+    of_kernels = {}
     for where, layer in layers.layers(model):
         quantizer = layer.spec.precision.kernel
+        quantizer = None if quantizer is None or quantizer.stop_epoch else quantizer
         for branch in layer.spec.branches:
-            name = f"{where}/{branch}/kernel".removeprefix("/")
-            gone = quantizer is None or quantizer.stop_epoch
-            bits[name] = None if gone else quantizer.bits
+            of_kernels[f"{where}/{branch}/kernel".removeprefix("/")] = quantizer
     arrays, packed = {}, {}
     for name, value in _leaves(to_integers(model)).items():
-        indexed = _indexed(value, bits[name]) if name in bits else None
-        if indexed is None:
+        if name not in of_kernels:
             arrays[name] = value
             continue
-        indices, values, used = indexed
-        codes = packing.pack(indices, used)
-        if bits[name] is None and codes.nbytes + values.nbytes >= value.nbytes:
+        found = _packed(value, of_kernels[name])
+        if found is None:
             arrays[name] = value
             continue
-        arrays[name], arrays[name + VALUES] = codes, values
-        packed[name] = {"bits": used, "shape": value.shape}
+        arrays[name], arrays[name + VALUES], packed[name] = found
     path = pathlib.Path(path)
     safetensors.save_file(arrays, path, {"packed": json.dumps(packed)})
     return path.stat().st_size
@@ -90,9 +89,8 @@ def load(model: nnx.Module, path: pathlib.Path | str, *, operands: str = "int8")
     for name, entry in packed.items():
         indices = packing.unpack(found[name], entry["bits"], tuple(entry["shape"]))
         values = found.pop(name + VALUES)
-        columns = np.arange(entry["shape"][-1]) if len(values) > 1 else 0
-        found[name] = values[columns, indices]
-    graph, state = nnx.split(net)
+        found[name] = values[_rows(len(values), indices.shape, entry["axis"]), indices]
+    graph, state, others = nnx.split(net, SAVED, ...)
     shapes = nnx.to_pure_dict(state)
     expected = paths.named_leaves(shapes)
     for name in expected.keys() & found.keys():
@@ -105,33 +103,48 @@ def load(model: nnx.Module, path: pathlib.Path | str, *, operands: str = "int8")
         )
         if here != there:
             raise UserError(f"{path} is of another net: {name} is {there} there, {here} here")
-    return nnx.merge(graph, paths.map_named(lambda name, _: jnp.asarray(found[name]), shapes))
+    values = paths.map_named(lambda name, _: jnp.asarray(found[name]), shapes)
+    return nnx.merge(graph, values, others)
 
 
 def _leaves(model: nnx.Module) -> dict[str, np.ndarray]:
-    state = nnx.to_pure_dict(nnx.state(model))
+    state = nnx.to_pure_dict(nnx.state(model, SAVED))
     return {name: np.asarray(value) for name, value in paths.named_leaves(state).items()}
 
 
-def _indexed(value: np.ndarray, bits: int | None) -> tuple[np.ndarray, np.ndarray, int] | None:
-    """Indices, the values they stand for, and their bits; None if there are too many values.
+def _rows(number: int, shape: tuple[int, ...], axis: int) -> np.ndarray:
+    """Which of so many groups each channel is in, to broadcast to a kernel of this shape."""
+    rows = np.arange(shape[axis]) * number // shape[axis]
+    return np.expand_dims(rows, tuple(i for i in range(len(shape)) if i != axis % len(shape)))
 
-    Without bits, as many as each feature's values take.
+
+def _packed(value: np.ndarray, quantizer: Quantizer | None):
+    """Packed indices, the table of values that they stand for, and the entry in the metadata.
+
+    None where there is no quantizer, and the kernel as it is takes no more.
     """
-    whole, columns = np.unique(value), value.reshape(-1, value.shape[-1]).T
-    if bits is None:
-        most = max(len(np.unique(column)) for column in columns)
-        bits = max((most - 1).bit_length(), 1)
-        if bits > MAX_BITS:
-            return None
-    if len(whole) <= 2**bits:
-        return np.searchsorted(whole, value), whole[None], bits
-    own = [np.unique(column) for column in columns]
-    if max(map(len, own)) > 2**bits:
+    if quantizer is not None and quantizer.method == "stored":  # it does not say where zero lies
+        quantizer = quantizer if len(np.unique(value)) <= quantizer.levels else None
+    if quantizer is None:
+        axis, number = -1, value.shape[-1]
+        columns = value.reshape(-1, number).T
+        levels = max(len(np.unique(column)) for column in columns)
+        bits = max((levels - 1).bit_length(), 1)
+    else:
+        axis, bits = groups.channel_axis(quantizer), quantizer.bits
+        number, levels = packing.table_shape(quantizer, value.shape, value.dtype)
+    if bits > MAX_BITS:
         return None
-    width = max(map(len, own))
-    values = np.stack([np.pad(each, (0, width - len(each)), mode="edge") for each in own])
-    indices = np.stack(
-        [np.searchsorted(each, column) for each, column in zip(own, columns, strict=True)]
-    )
-    return indices.T.reshape(value.shape), values, bits
+    channels_first = np.moveaxis(value, axis, 0)
+    indices, table = [], []
+    for own in channels_first.reshape(number, -1):
+        found = np.unique(own)
+        if len(found) > levels:
+            raise ValueError(f"{quantizer.method!r} gives {len(found)} values, not {levels}")
+        indices.append(np.searchsorted(found, own))
+        table.append(np.pad(found, (0, levels - len(found)), mode="edge"))
+    indices = np.moveaxis(np.stack(indices).reshape(channels_first.shape), 0, axis)
+    codes, table = packing.pack(indices, bits), np.stack(table)
+    if quantizer is None and codes.nbytes + table.nbytes >= value.nbytes:
+        return None
+    return codes, table, {"bits": bits, "shape": value.shape, "axis": axis}

@@ -1,6 +1,31 @@
-"""Whole numbers of 1 to 8 bits, packed into bytes without gaps."""
+"""Rounded kernels in a file: indices of 1 to 8 bits, packed into bytes without gaps, and tables.
 
+A table is what the indices stand for. Its shape follows from the quantizer alone, so that a file's
+size is known before there are values: see `analysis.model_cost`.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
 import numpy as np
+
+from efficient_nets.ops.quantizers import Quantizer, groups
+
+
+def table_shape(quantizer: Quantizer, shape: Sequence[int], dtype: jnp.dtype) -> tuple[int, int]:
+    """`(G, L)`: of the values that a kernel takes, L in each of G groups of its channels.
+
+    One group of all where they are codes (of an integer `dtype`), unless these have zero points;
+    else the groups of the quantizer's `per`, along its `axis`.
+    """
+    shared = jnp.issubdtype(dtype, jnp.integer) and not quantizer.zero_point
+    number = 1 if shared else groups.count(quantizer, shape[groups.channel_axis(quantizer)])
+    return number, quantizer.levels
+
+
+def narrowest(bounds: tuple[int, int], able: Sequence = (jnp.int8, jnp.int16)) -> jnp.dtype:
+    """The first of these types that holds whole numbers between the bounds."""
+    return next(x for x in able if jnp.iinfo(x).min <= bounds[0] and bounds[1] <= jnp.iinfo(x).max)
 
 
 def packed_size(count: int, bits: int) -> int:

@@ -24,7 +24,7 @@ from efficient_nets.search import mixed_report, sensitivity
 from efficient_nets.search.assignment import assign
 
 BUDGETS = {
-    "packed_bytes": "bytes of all parameters, rounded kernels packed",
+    "packed_bytes": "bytes of the net's arrays in a file, rounded kernels packed",
     "bops": "bit operations of the layers, for one image",
 }
 

@@ -89,9 +89,11 @@ def test_a_quadratic_layer_costs_its_branches_and_products():
         precision="float",
         bits=32,
         input_bits=32,
+        output_bits=0,
+        gradient_bits=0,
         params=3 * (3 * 3 * 2 * 6 + 6 + 2 * 6),
-        bytes=4 * three.params,
-        packed_bytes=4 * three.params,
+        bytes=4 * (three.params + 3 * 2 * 6),  # their running averages
+        packed_bytes=4 * (three.params + 3 * 2 * 6),
         macs=3 * 5 * 7 * 6 * 3 * 3 * 2 + 5 * 7 * 6,
         bops=32 * 32 * three.macs,
     )
@@ -120,7 +122,9 @@ def test_a_layer_called_twice_computes_twice_but_is_stored_once():
     assert (shared.macs, once.macs) == ((16 + 8) * 9, 8 * 9)
     assert (shared.input_shape, shared.params) == ((4, 4, 3), 9)
     float32 = 9 + 9 + (9 + 3) + 2 * 3  # with what is never called, and the norm
-    assert (cost["params"], cost["bytes"]) == (float32 + 5, 4 * float32 + 2 * 5)
+    averages = 2 * 3
+    assert (cost["params"], cost["bytes"]) == (float32 + 5, 4 * (float32 + averages) + 2 * 5)
+    assert cost["packed_bytes"] == cost["bytes"]
 
 
 def test_nothing_is_computed_or_changed():
@@ -154,8 +158,44 @@ def test_rounded_layers_are_packed():
     (cost,) = analysis.layer_costs(layer, (4, 4, 3))
     assert (cost.bits, cost.input_bits) == (2, 4)  # three levels take two bits
     assert cost.bytes == 4 * (3 * 3 * 3 * 5 + 2 + 1)  # two scales and a step
-    assert cost.packed_bytes == -(-3 * 3 * 3 * 5 * 2 // 8) + 4 * (2 + 1)
+    assert cost.packed_bytes == -(-3 * 3 * 3 * 5 * 2 // 8) + 4 * (3 + 1)  # three values, a step
     assert cost.bops == 2 * 4 * cost.macs
     total = analysis.model_cost(layer, (4, 4, 3))
     assert (total["packed_bytes"], total["bops"]) == (cost.packed_bytes, cost.bops)
     assert "2/4" in analysis.layer_table(layer, (4, 4, 3))
+
+
+@pytest.mark.parametrize(
+    ("neuron", "macs", "bops"),
+    [
+        # The map of 5 squares of 8 bits; the squares.
+        ("t2", 15 + 5, 15 * 2 * 8 + 5 * 4 * 4),
+        # Two maps of 5 inputs; the products of the 3 pairs that they give, in float.
+        ("t4", 2 * 15 + 3, 2 * 15 * 2 * 4 + 3 * 32 * 32),
+        ("fan", 3 * 15 + 5 + 3, 2 * 15 * 2 * 4 + 15 * 2 * 8 + 5 * 4 * 4 + 3 * 32 * 32),
+        # Forms of 5 * 6 / 2 products of two inputs.
+        ("t1", 45 + 15 + 15, 45 * 2 * 8 + 15 * 2 * 4 + 15 * 4 * 4),
+    ],
+)
+def test_bit_operations_of_squares_and_products(neuron, macs, bops):
+    def cost(precision):
+        spec = LayerSpec(neuron=neuron, precision=precision)
+        (cost,) = analysis.layer_costs(Dense(5, 3, spec=spec, rngs=nnx.Rngs(0)), (5,))
+        return cost.macs, cost.bops
+
+    assert cost("lsq:w2a4") == (macs, bops)
+    assert cost("float") == (macs, 32 * 32 * macs)
+
+
+def test_bits_of_what_is_rounded_beside_kernel_and_input():
+    spec = LayerSpec(precision="w=lsq:2,o=lsq:8,g=dorefa:6")
+    (cost,) = analysis.layer_costs(Dense(5, 3, spec=spec, rngs=nnx.Rngs(0)), (5,))
+    found = (cost.bits, cost.input_bits, cost.output_bits, cost.gradient_bits)
+    assert found == (2, 32, 8, 6)
+
+
+def test_a_layer_that_is_never_called_is_packed_too():
+    net = layers.convert(Twice(), [dict(match="never", precision="w=lsq:2")], jax.random.key(0))
+    plain, rounded = (analysis.model_cost(each, (4, 4, 3)) for each in (Twice(), net))
+    # 9 weights in 3 bytes, their 4 values and a scale.
+    assert rounded["packed_bytes"] == plain["packed_bytes"] - 4 * 9 + 3 + 4 + 4

@@ -213,7 +213,8 @@ def test_what_a_schedule_stopped_is_gone():
     assert found.spec.precision.kernel is None and set(found.ranges) == {"input"}
     np.testing.assert_array_equal(found.w.kernel[...], layer.w.kernel[...])
     cost = analysis.model_cost(layer, (6, 6, 4))
-    assert cost["layers"][0].bits == 32 and cost["packed_bytes"] == cost["bytes"]
+    of_kernel = sum(x.nbytes for x in jax.tree.leaves(nnx.state(layer.ranges["w"])))
+    assert cost["layers"][0].bits == 32 and cost["packed_bytes"] == cost["bytes"] - of_kernel
 
     only = dict(input=dict(method="lsq", bits=4, stop_epoch=1.0))
     layer = Conv(4, 4, (3, 3), spec=LayerSpec(precision=only), rngs=nnx.Rngs(0))
@@ -237,5 +238,5 @@ def test_its_layer_table_says_what_is_stored():
     (one,) = cost["layers"]
     assert (one.bits, one.input_bits, one.precision) == (3, 4, "w=stored:3,a=lsq:4")
     count = 3 * 3 * 4 * 6
-    assert cost["bytes"] == count + 4 * (6 + 1)  # int8; the biases, and the input's step
-    assert cost["packed_bytes"] == count * 3 // 8 + 4 * (6 + 1)
+    assert cost["bytes"] == count + 4 * (6 + 1 + 1)  # int8; biases, a scale, the input's step
+    assert cost["packed_bytes"] == count * 3 // 8 + 8 + 4 * (6 + 1 + 1)  # with 8 values in int8

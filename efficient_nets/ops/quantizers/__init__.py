@@ -94,7 +94,9 @@ def method(quantizer: Quantizer) -> Method:
 def stored(quantizer: Quantizer, arrays: Arrays, rounded: Rounded) -> tuple[Quantizer, Arrays]:
     """The quantizer, and its arrays, that a kernel of this one's codes has."""
     made = Quantizer(
-        *("kernel", "stored", quantizer.levels, quantizer.signed, "layer", "identity"),
+        *("kernel", "stored", quantizer.levels, quantizer.signed, quantizer.per, "identity"),
+        axis=quantizer.axis,
+        zero_point=quantizer.zero_point,
         options=(("bounds", code_bounds(quantizer)),),
     )
     factors = {name: x for name, x in arrays.learned.items() if binary.is_factor(name)}
