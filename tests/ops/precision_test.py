@@ -228,6 +228,10 @@ INPUT = dict(site="input", method="lsq", bits=4)
             KERNEL | dict(stop_epoch=2.0, float_epochs=2),
             ".stop_epoch=2.0: give an epoch above 2, of float_epochs, or 0",
         ),
+        (
+            KERNEL | dict(freeze_epoch=1.5, float_epochs=2),
+            ".freeze_epoch=1.5: give 0, or an epoch not below 2, of float_epochs",
+        ),
         (KERNEL | dict(stop_epoch=2, freeze_epoch=2.5), "above 2.5, of freeze_epoch, or 0"),
         (KERNEL | dict(stop_epoch=2, stages=((0, 32), (3, 16))), "above 3, of stages, or 0"),
         (

@@ -916,6 +916,32 @@ def test_stages_are_quantizers_of_their_levels(method, x64):
         np.testing.assert_array_equal(found, x if levels is None else expected)
 
 
+@pytest.mark.parametrize("site", ["input", "kernel"])
+@pytest.mark.parametrize("begin", [0, 1, 2.5, 4])
+def test_rounding_begins_with_a_step_of_its_levels(begin, site, x64):
+    """`2 mean |x| / sqrt(high)` for those of that epoch, whatever stages have passed before."""
+    stages = ((0, 16), (2, 8), (4, 4))
+    spec = Case(site, "lsq", levels=4, stages=stages, float_epochs=begin).spec
+    plain = Case(site, "lsq", levels=4)
+    xs = values_of(plain, "edges")
+    mean = sum(map(abs, xs)) / len(xs)
+    highs = {n: (n - 1) // 2 if site == "kernel" else n - 1 for _, n in stages}
+    first = [n for epoch, n in stages if epoch <= begin][-1]
+    for epochs in ((0.0, 1.0, 2.0, 2.5, 3.0, 4.0, 5.0), (0.0, 5.0)):  # and a run that skips some
+        arrays = quantizers.start(spec, jnp.asarray(xs).reshape(plain.shape))
+        for epoch in epochs:
+            arrays = quantizers.advance(spec, arrays, epoch)
+            present = [n for start, n in stages if start <= epoch][-1]
+            if epoch >= begin:
+                step = 2 * mean / math.sqrt(highs[first]) * highs[first] / highs[present]
+                np.testing.assert_allclose(arrays.learned["step"], [step], rtol=TOLERANCE)
+    # The range of least error is one of these levels, too.
+    x = jnp.asarray(xs).reshape(plain.shape)
+    of_levels = quantizers.make(site, dict(method="lsq", levels=first))
+    found = quantizers.calibrate(spec, x, "mse").learned["step"]
+    np.testing.assert_array_equal(found, quantizers.calibrate(of_levels, x, "mse").learned["step"])
+
+
 @pytest.mark.parametrize("field", ["freeze_epoch", "stop_epoch"])
 def test_frozen_arrays_stay_where_they_are(field, x64):
     for method in ("lsq", "minmax", "lq"):

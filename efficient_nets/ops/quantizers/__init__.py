@@ -152,7 +152,11 @@ def calibrate(quantizer: Quantizer, x: Array, how: str = "own") -> Arrays:
         return Arrays(*(old | new for old, new in zip(arrays, found, strict=True)))
 
     if how == "mse":
-        plain = dataclasses.replace(quantizer, normalise="none", float_epochs=0.0, stop_epoch=0.0)
+        plain = dataclasses.replace(
+            quantizer,
+            **dict(levels=quantizer.first_levels, stages=(), normalise="none"),
+            **dict(float_epochs=0.0, stop_epoch=0.0),
+        )
         lo, hi = ranges.least_error(quantizer, x, lambda lo, hi: quantize(plain, x, fitted(lo, hi)))
     else:
         lo, hi = getattr(ranges, how)(quantizer, x)

@@ -179,6 +179,11 @@ def _check(here: str, made: Quantizer, method: Method) -> None:
     if made.zero_point and (made.signed or made.levels == 2):
         raise UserError(f"{here}.zero_point: it takes signed=False and more than 2 levels")
     _check_stages(here, made)
+    if 0 < made.freeze_epoch < made.float_epochs:
+        raise UserError(
+            f"{here}.freeze_epoch={made.freeze_epoch}: give 0, or an epoch not below "
+            f"{made.float_epochs}, of float_epochs"
+        )
     _check_stop(here, made)
 
 

@@ -139,7 +139,7 @@ class Quantizer:
       loss, loss_norm: Weight of the loss `mean |x - quantized|^p` that is added to the net's, p
         being 1 for 'l1' and 2 for 'l2'.
       float_epochs: Epochs at the beginning in which nothing is rounded, and ranges are observed.
-      freeze_epoch: The epoch at which ranges stop moving; 0: never.
+      freeze_epoch: The epoch at which ranges stop moving, not before rounding begins; 0: never.
       stop_epoch: The epoch from which nothing is rounded again, and ranges do not move; 0: never.
         It is above the other epochs; a net for use is without such a quantizer.
       stages: `(epoch, levels)` pairs: levels before the last ones. `((0, 16), (2, 8))` has 16
@@ -180,6 +180,16 @@ class Quantizer:
     def scheduled(self) -> bool:
         """Whether the epoch decides what it does, see `layers.advance`."""
         return bool(self.float_epochs or self.freeze_epoch or self.stop_epoch or self.stages)
+
+    @property
+    def first_stage(self) -> int:
+        """The stage in which rounding begins; learned arrays start for its levels."""
+        return max(sum(begin <= self.float_epochs for begin, _ in self.stages) - 1, 0)
+
+    @property
+    def first_levels(self) -> int:
+        """The levels with which rounding begins."""
+        return self.stages[self.first_stage][1] if self.stages else self.levels
 
     @property
     def pauses(self) -> bool:
