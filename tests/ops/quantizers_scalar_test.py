@@ -887,16 +887,50 @@ def test_factors_of_the_output(x64):
             assert math.isclose(found[0, i, j, c] * value[0, 0, c], expected, rel_tol=TOLERANCE)
 
 
+# With learned arrays, and those whose straight-through gradient is that of x itself.
+LOSSES = dict(lsq=4, ttq=3, dorefa=2, twn=3, lq=4, log2=8, minmax=4)
+
+
 @pytest.mark.parametrize("norm", ["l1", "l2"])
-def test_loss(norm, x64):
-    case = Case("input", "lsq", levels=4, loss=0.5, loss_norm=norm)
-    xs = values_of(case, "edges")
-    learned, _ = arrays_of(case)
-    values, _, _ = reference(case, xs, [1.0] * len(xs), learned)
-    errors = [abs(x - value) ** int(norm[1]) for x, value in zip(xs, values, strict=True)]
-    arrays = quantizers.Arrays(jax.tree.map(jnp.asarray, learned, is_leaf=_list), {})
-    found = quantizers.loss(case.spec, jnp.asarray(xs).reshape(case.shape), arrays)
-    assert math.isclose(found, 0.5 * sum(errors) / len(errors), rel_tol=TOLERANCE)
+@pytest.mark.parametrize("method", LOSSES)
+def test_loss(method, norm, x64):
+    """x is pulled to its level, and learned arrays by the quantizer's gradient to x."""
+    case = Case("kernel", method, levels=LOSSES[method], loss=0.5, loss_norm=norm)
+    xs, power = values_of(case, "edges"), int(norm[1])
+    learned, observed = arrays_of(case)
+    values, _, _ = reference(case, xs, [1.0] * len(xs), learned | observed)
+    errors = [x - value for x, value in zip(xs, values, strict=True)]
+    signs_of = [(error > 0) - (error < 0) for error in errors]
+    slopes_of = [
+        0.5 * power * abs(error) ** (power - 1) * one / len(xs)
+        for error, one in zip(errors, signs_of, strict=True)
+    ]
+    learned_slopes = reference(case, xs, [-one for one in slopes_of], learned | observed)[2]
+    x = jnp.asarray(xs).reshape(case.shape)
+    learned, observed = jax.tree.map(jnp.asarray, (learned, observed), is_leaf=_list)
+
+    def loss(x, learned):
+        return quantizers.loss(case.spec, x, quantizers.Arrays(learned, observed))
+
+    found, (dx, dlearned) = jax.value_and_grad(loss, (0, 1))(x, learned)
+    expected = 0.5 * sum(abs(error) ** power for error in errors) / len(errors)
+    assert math.isclose(found, expected, rel_tol=TOLERANCE)
+    _close(dx, slopes_of, "gradient of x")
+    assert dlearned.keys() == learned_slopes.keys()
+    for name, one in dlearned.items():
+        _close(one, learned_slopes[name], f"gradient of {name}")
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_values_that_pass_have_no_loss(norm):
+    spec = quantizers.make(
+        "kernel", dict(method="lsq", bits=2, loss=1.0, loss_norm=norm, float_epochs=1.0)
+    )
+    x = jnp.asarray([[0.1, -0.7, 0.4, 1.3]])
+    arrays = quantizers.start(spec, x)
+    found = jax.value_and_grad(lambda x: quantizers.loss(spec, x, arrays))(x)
+    for array in found:
+        assert not np.any(array)
 
 
 @pytest.mark.parametrize("method", ["lsq", "pact", "minmax", "lsq+", "dorefa"])

@@ -245,7 +245,15 @@ def output_scale(quantizer: Quantizer | None, x: Array, arrays, linear_map) -> A
 
 
 def loss(quantizer: Quantizer, x: Array, arrays: Arrays) -> Array:
-    """`loss * mean |x - quantized|^p`, a scalar."""
-    error = x.astype(wide(x.dtype)) - quantize(quantizer, x, arrays).astype(wide(x.dtype))
-    error = jnp.abs(error) if quantizer.loss_norm == "l1" else jnp.square(error)
-    return quantizer.loss * jnp.mean(error)
+    """`loss * mean |x - quantized|^p`, a scalar.
+
+    Its gradient pulls the values to their levels, these taken as constant, and the levels to the
+    values: that of x is `loss p |x - q|^(p-1) sign(x - q) / n`, that of learned arrays the
+    quantizer's own for the opposite of it. Through the straight-through gradient of q with respect
+    to x the two would cancel.
+    """
+    quantized = quantize(quantizer, lax.stop_gradient(x), arrays)
+    error = x.astype(wide(x.dtype)) - quantized.astype(wide(x.dtype))
+    # `jnp.abs` would have the slope 1 at 0, where values pass as they are.
+    sign = lax.stop_gradient(jnp.sign(error))
+    return quantizer.loss * jnp.mean(error * (sign if quantizer.loss_norm == "l1" else error))

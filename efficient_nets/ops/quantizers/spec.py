@@ -137,7 +137,7 @@ class Quantizer:
       pad: 'after': a convolution pads with zeros behind the quantizer (a binary input then has
         three values); 'before': it pads first, and zeros are rounded as other values are.
       loss, loss_norm: Weight of the loss `mean |x - quantized|^p` that is added to the net's, p
-        being 1 for 'l1' and 2 for 'l2'.
+        being 1 for 'l1' and 2 for 'l2'. It pulls values to levels, and learned levels to values.
       float_epochs: Epochs at the beginning in which nothing is rounded, and ranges are observed.
       freeze_epoch: The epoch at which ranges stop moving, not before rounding begins; 0: never.
       stop_epoch: The epoch from which nothing is rounded again, and ranges do not move; 0: never.
