@@ -225,10 +225,8 @@ def quantize(quantizer: Quantizer, x: Array, arrays: Arrays) -> Array:
 
 def loses_negatives(quantizer: Quantizer) -> bool:
     """Whether it rounds what is below 0 to 0, which no activation in front of it may have done."""
-    return not (quantizer.signed or quantizer.zero_point) and quantizer.method not in (
-        "lsq+",  # its offset is learned
-        "quantized_relu",  # it is the activation
-    )
+    # Quantized ReLU is the activation.
+    return not (quantizer.signed or quantizer.shifts or quantizer.method == "quantized_relu")
 
 
 def output_scale(quantizer: Quantizer | None, x: Array, arrays, linear_map) -> Array | None:

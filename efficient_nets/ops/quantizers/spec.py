@@ -182,6 +182,11 @@ class Quantizer:
         return bool(self.float_epochs or self.freeze_epoch or self.stop_epoch or self.stages)
 
     @property
+    def shifts(self) -> bool:
+        """Whether its range is between any two numbers: it has an offset or a zero point."""
+        return self.zero_point or (self.method == "lsq+" and self.site != "kernel")
+
+    @property
     def first_stage(self) -> int:
         """The stage in which rounding begins; learned arrays start for its levels."""
         return max(sum(begin <= self.float_epochs for begin, _ in self.stages) - 1, 0)
