@@ -2,7 +2,6 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,12 +10,6 @@ from efficient_nets.ops import quantizers
 from efficient_nets.ops.quantizers import ranges
 
 SHAPE = (2, 300, 2)  # (N, W, C), one range a channel
-
-
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
 
 
 def make(method="minmax", levels=16, **fields):

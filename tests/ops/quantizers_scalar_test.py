@@ -865,7 +865,8 @@ def test_factors_of_the_output(x64):
     generator = np.random.default_rng(2)
     kernel = jnp.ones(SHAPES["kernel"])
     for number, axes in ((1, None), (2, "ijc"), (3, "ij"), (4, "i,j")):
-        spec = quantizers.make("kernel", dict(method="xnor++", case=number, size=(2, 3)))
+        fields = dict(method="xnor++", case=number, size=() if number == 1 else (2, 3))
+        spec = quantizers.make("kernel", fields)
         learned = quantizers.start(spec, kernel).learned
         learned = {name: jnp.asarray(generator.normal(size=a.shape)) for name, a in learned.items()}
         arrays = quantizers.Arrays(learned, {})

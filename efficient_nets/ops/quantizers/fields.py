@@ -47,6 +47,8 @@ def quantizer(
     if "loss_norm" in fields and not fields.get("loss"):
         raise UserError(f"{here}.loss_norm={fields['loss_norm']!r}: it takes a loss above 0")
     options = {key: _option(here, method, fields, key) for key in method.options}
+    if wrong := method.check(options):
+        raise UserError(f"{here}.{wrong}")
     own = dict(signed=method.signed, per=method.per, gradient=method.gradients[0])
     stages = _stages(here, fields.pop("stages", ()))
     made = Quantizer(

@@ -86,6 +86,7 @@ class Method:
       output_scale: `(quantizer, x, arrays, linear_map) -> factor` of the map's output, or None.
       options: Fields of its own, with their defaults.
       allowed: Of each of those `(what is allowed, value -> bool)`.
+      check: `options -> ` what is wrong with these together, or None.
       takes: Which of the optional fields of `Quantizer` it heeds.
       gradients: The pseudo-gradients that it can have, its own first.
       grouped: Whether it has figures that groups of channels have their own of.
@@ -105,6 +106,7 @@ class Method:
     allowed: Mapping[str, tuple[str, Callable[[Any], bool]]] = dataclasses.field(
         default_factory=dict
     )
+    check: Callable[[Mapping[str, Any]], str | None] = lambda options: None
     takes: tuple[str, ...] = ()
     gradients: tuple[str, ...] = ("identity",)
     grouped: bool = False
