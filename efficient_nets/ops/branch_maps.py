@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from efficient_nets.errors import UserError
 from efficient_nets.ops import forms, linear_maps, quantizers
 from efficient_nets.ops.precision import Precision
 from efficient_nets.ops.quantizers import Arrays, Quantizer
@@ -226,6 +227,11 @@ def _scaled_output(precision: Precision, linear_map, x, ranges, of_kernels, z: A
     factors = factors * branches
     for i, arrays in enumerate(of_kernels):
         own = quantizers.output_scale(precision.kernel, x, arrays, linear_map)
+        if own is not None and own.shape[1:-1] != z.shape[1:-1]:
+            raise UserError(
+                f"precision.kernel.size={own.shape[1:-1]}: allowed in this layer, whose output has "
+                f"these positions: {z.shape[1:-1]}"
+            )
         factors[i] = own if factors[i] is None else factors[i] if own is None else factors[i] * own
     if all(factor is None for factor in factors):
         return z

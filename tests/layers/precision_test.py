@@ -1,6 +1,7 @@
 """Rounded layers: both backwards alike, whole numbers exact, ranges that move when they should."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -302,6 +303,17 @@ def test_levels_fall_by_stages():
         values = np.unique(layer(x))
         assert len(values) == levels
         np.testing.assert_allclose(values[-1], 15 * first, rtol=1e-5)  # it covers the same range
+
+
+@pytest.mark.parametrize("case", [2, 3, 4])
+def test_factors_of_other_positions(case):
+    """Nor is a single row spread over all of them."""
+    for size in ((4, 4), (1, 5), (5,), (5, 5, 1)):
+        spec = LayerSpec(precision=dict(kernel=dict(method="xnor++", case=case, size=size)))
+        layer = Conv(3, 4, (3, 3), spec=spec, rngs=nnx.Rngs(0))
+        words = f"precision.kernel.size={size}: .* these positions: (5, 5)"
+        with pytest.raises(UserError, match=re.escape(words).replace(r"\.\*", ".*")):
+            jax.eval_shape(layer, jax.ShapeDtypeStruct((2, 5, 5, 3), jnp.float32))
 
 
 def test_losses_are_collected():

@@ -161,6 +161,7 @@ def test_a_quantizer_of_another_site():
 
 KERNEL = dict(site="kernel", method="lsq", bits=4)
 INPUT = dict(site="input", method="lsq", bits=4)
+XNOR = dict(site="kernel", method="xnor++")
 
 
 @pytest.mark.parametrize(
@@ -228,6 +229,10 @@ INPUT = dict(site="input", method="lsq", bits=4)
             KERNEL | dict(stop_epoch=2.0, float_epochs=2),
             ".stop_epoch=2.0: give an epoch above 2, of float_epochs, or 0",
         ),
+        (
+            KERNEL | dict(freeze_epoch=1.5, float_epochs=2),
+            ".freeze_epoch=1.5: give 0, or an epoch not below 2, of float_epochs",
+        ),
         (KERNEL | dict(stop_epoch=2, freeze_epoch=2.5), "above 2.5, of freeze_epoch, or 0"),
         (KERNEL | dict(stop_epoch=2, stages=((0, 32), (3, 16))), "above 3, of stages, or 0"),
         (
@@ -254,6 +259,9 @@ INPUT = dict(site="input", method="lsq", bits=4)
         (dict(site="kernel", method="xnor++", case=True), ".case=True: allowed 1, 2, 3, 4"),
         (dict(site="kernel", method="xnor++", size=4), ".size=4: allowed whole numbers above 0"),
         (dict(site="kernel", method="xnor++", size=(4, 0)), ".size=(4, 0): allowed whole"),
+        (XNOR | dict(case=4), ".size=(): allowed for case=4: one of the map's output"),
+        (XNOR | dict(case=2), ".size=(): allowed for case=2: one of the map's output"),
+        (XNOR | dict(size=[3, 3]), ".size=(3, 3): allowed for case=1: (), as no factor depends"),
         (INPUT | dict(method="pact", alpha=-1), ".alpha=-1: allowed a number of at least 0"),
         (INPUT | dict(method="dorefa", clip="1"), ".clip='1': allowed a number above 0"),
         (

@@ -865,7 +865,8 @@ def test_factors_of_the_output(x64):
     generator = np.random.default_rng(2)
     kernel = jnp.ones(SHAPES["kernel"])
     for number, axes in ((1, None), (2, "ijc"), (3, "ij"), (4, "i,j")):
-        spec = quantizers.make("kernel", dict(method="xnor++", case=number, size=(2, 3)))
+        fields = dict(method="xnor++", case=number, size=() if number == 1 else (2, 3))
+        spec = quantizers.make("kernel", fields)
         learned = quantizers.start(spec, kernel).learned
         learned = {name: jnp.asarray(generator.normal(size=a.shape)) for name, a in learned.items()}
         arrays = quantizers.Arrays(learned, {})
@@ -887,16 +888,50 @@ def test_factors_of_the_output(x64):
             assert math.isclose(found[0, i, j, c] * value[0, 0, c], expected, rel_tol=TOLERANCE)
 
 
+# With learned arrays, and those whose straight-through gradient is that of x itself.
+LOSSES = dict(lsq=4, ttq=3, dorefa=2, twn=3, lq=4, log2=8, minmax=4)
+
+
 @pytest.mark.parametrize("norm", ["l1", "l2"])
-def test_loss(norm, x64):
-    case = Case("input", "lsq", levels=4, loss=0.5, loss_norm=norm)
-    xs = values_of(case, "edges")
-    learned, _ = arrays_of(case)
-    values, _, _ = reference(case, xs, [1.0] * len(xs), learned)
-    errors = [abs(x - value) ** int(norm[1]) for x, value in zip(xs, values, strict=True)]
-    arrays = quantizers.Arrays(jax.tree.map(jnp.asarray, learned, is_leaf=_list), {})
-    found = quantizers.loss(case.spec, jnp.asarray(xs).reshape(case.shape), arrays)
-    assert math.isclose(found, 0.5 * sum(errors) / len(errors), rel_tol=TOLERANCE)
+@pytest.mark.parametrize("method", LOSSES)
+def test_loss(method, norm, x64):
+    """x is pulled to its level, and learned arrays by the quantizer's gradient to x."""
+    case = Case("kernel", method, levels=LOSSES[method], loss=0.5, loss_norm=norm)
+    xs, power = values_of(case, "edges"), int(norm[1])
+    learned, observed = arrays_of(case)
+    values, _, _ = reference(case, xs, [1.0] * len(xs), learned | observed)
+    errors = [x - value for x, value in zip(xs, values, strict=True)]
+    signs_of = [(error > 0) - (error < 0) for error in errors]
+    slopes_of = [
+        0.5 * power * abs(error) ** (power - 1) * one / len(xs)
+        for error, one in zip(errors, signs_of, strict=True)
+    ]
+    learned_slopes = reference(case, xs, [-one for one in slopes_of], learned | observed)[2]
+    x = jnp.asarray(xs).reshape(case.shape)
+    learned, observed = jax.tree.map(jnp.asarray, (learned, observed), is_leaf=_list)
+
+    def loss(x, learned):
+        return quantizers.loss(case.spec, x, quantizers.Arrays(learned, observed))
+
+    found, (dx, dlearned) = jax.value_and_grad(loss, (0, 1))(x, learned)
+    expected = 0.5 * sum(abs(error) ** power for error in errors) / len(errors)
+    assert math.isclose(found, expected, rel_tol=TOLERANCE)
+    _close(dx, slopes_of, "gradient of x")
+    assert dlearned.keys() == learned_slopes.keys()
+    for name, one in dlearned.items():
+        _close(one, learned_slopes[name], f"gradient of {name}")
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_values_that_pass_have_no_loss(norm):
+    spec = quantizers.make(
+        "kernel", dict(method="lsq", bits=2, loss=1.0, loss_norm=norm, float_epochs=1.0)
+    )
+    x = jnp.asarray([[0.1, -0.7, 0.4, 1.3]])
+    arrays = quantizers.start(spec, x)
+    found = jax.value_and_grad(lambda x: quantizers.loss(spec, x, arrays))(x)
+    for array in found:
+        assert not np.any(array)
 
 
 @pytest.mark.parametrize("method", ["lsq", "pact", "minmax", "lsq+", "dorefa"])
@@ -914,6 +949,32 @@ def test_stages_are_quantizers_of_their_levels(method, x64):
         found = quantizers.quantize(staged.spec, x, arrays)
         expected = quantizers.quantize(case.spec, x, quantizers.Arrays(learned, observed))
         np.testing.assert_array_equal(found, x if levels is None else expected)
+
+
+@pytest.mark.parametrize("site", ["input", "kernel"])
+@pytest.mark.parametrize("begin", [0, 1, 2.5, 4])
+def test_rounding_begins_with_a_step_of_its_levels(begin, site, x64):
+    """`2 mean |x| / sqrt(high)` for those of that epoch, whatever stages have passed before."""
+    stages = ((0, 16), (2, 8), (4, 4))
+    spec = Case(site, "lsq", levels=4, stages=stages, float_epochs=begin).spec
+    plain = Case(site, "lsq", levels=4)
+    xs = values_of(plain, "edges")
+    mean = sum(map(abs, xs)) / len(xs)
+    highs = {n: (n - 1) // 2 if site == "kernel" else n - 1 for _, n in stages}
+    first = [n for epoch, n in stages if epoch <= begin][-1]
+    for epochs in ((0.0, 1.0, 2.0, 2.5, 3.0, 4.0, 5.0), (0.0, 5.0)):  # and a run that skips some
+        arrays = quantizers.start(spec, jnp.asarray(xs).reshape(plain.shape))
+        for epoch in epochs:
+            arrays = quantizers.advance(spec, arrays, epoch)
+            present = [n for start, n in stages if start <= epoch][-1]
+            if epoch >= begin:
+                step = 2 * mean / math.sqrt(highs[first]) * highs[first] / highs[present]
+                np.testing.assert_allclose(arrays.learned["step"], [step], rtol=TOLERANCE)
+    # The range of least error is one of these levels, too.
+    x = jnp.asarray(xs).reshape(plain.shape)
+    of_levels = quantizers.make(site, dict(method="lsq", levels=first))
+    found = quantizers.calibrate(spec, x, "mse").learned["step"]
+    np.testing.assert_array_equal(found, quantizers.calibrate(of_levels, x, "mse").learned["step"])
 
 
 @pytest.mark.parametrize("field", ["freeze_epoch", "stop_epoch"])

@@ -303,15 +303,27 @@ def _plain(method):
     return {"gradient": "identity"}
 
 
-@pytest.mark.parametrize(("method", "name"), [("lsq", "step"), ("pact", "alpha")])
+@pytest.mark.parametrize(
+    ("method", "name", "good"),
+    [("lsq", "step", ()), ("pact", "alpha", ()), ("fatnn", "slopes", ())]
+    + [("fatnn", "slopes", (1.0,)), ("fatnn", "slopes", (1.0, 1.0))],
+)
 @pytest.mark.parametrize("value", [0.0, -0.1])
-def test_a_range_below_zero_comes_back(method, name, value):
-    """Where the output should be larger, the gradient makes the range larger."""
-    spec = quantizers.make("input", dict(method=method, bits=2))
-    x = jnp.asarray([[0.5, 1.0, 2.0]], jnp.float32)
+def test_a_range_below_zero_comes_back(method, name, good, value):
+    """Where the output should be larger, the gradient makes the range larger, or a slope steeper.
 
-    def error(found):
+    Of FATNN's slopes, the first one that is bad, behind those that are good.
+    """
+    spec = quantizers.make("input", dict(method=method, bits=2))
+    x = jnp.asarray([[0.5, 1.0, 2.0, 3.0]], jnp.float32)
+    shape = quantizers.start(spec, x).learned[name].shape
+    learned = np.full(shape, value, np.float32)
+    learned.flat[: len(good)] = good
+
+    def error(x, found):
         arrays = quantizers.Arrays({name: found}, {})
         return jnp.sum(jnp.square(quantizers.quantize(spec, x, arrays) - x))
 
-    assert jax.grad(error)(jnp.full(1, value, jnp.float32))[0] < -1e-3
+    dx, slopes = jax.grad(error, (0, 1))(x, jnp.asarray(learned))
+    assert slopes.flatten()[len(good)] < -1e-3
+    assert np.all(np.isfinite(dx)) and np.all(np.isfinite(slopes))

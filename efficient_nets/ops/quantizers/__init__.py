@@ -154,7 +154,11 @@ def calibrate(quantizer: Quantizer, x: Array, how: str = "own") -> Arrays:
         return Arrays(*(old | new for old, new in zip(arrays, found, strict=True)))
 
     if how == "mse":
-        plain = dataclasses.replace(quantizer, normalise="none", float_epochs=0.0, stop_epoch=0.0)
+        plain = dataclasses.replace(
+            quantizer,
+            **dict(levels=quantizer.first_levels, stages=(), normalise="none"),
+            **dict(float_epochs=0.0, stop_epoch=0.0),
+        )
         lo, hi = ranges.least_error(quantizer, x, lambda lo, hi: quantize(plain, x, fitted(lo, hi)))
     else:
         lo, hi = getattr(ranges, how)(quantizer, x)
@@ -223,10 +227,8 @@ def quantize(quantizer: Quantizer, x: Array, arrays: Arrays) -> Array:
 
 def loses_negatives(quantizer: Quantizer) -> bool:
     """Whether it rounds what is below 0 to 0, which no activation in front of it may have done."""
-    return not (quantizer.signed or quantizer.zero_point) and quantizer.method not in (
-        "lsq+",  # its offset is learned
-        "quantized_relu",  # it is the activation
-    )
+    # Quantized ReLU is the activation.
+    return not (quantizer.signed or quantizer.shifts or quantizer.method == "quantized_relu")
 
 
 def output_scale(quantizer: Quantizer | None, x: Array, arrays, linear_map) -> Array | None:
@@ -243,7 +245,15 @@ def output_scale(quantizer: Quantizer | None, x: Array, arrays, linear_map) -> A
 
 
 def loss(quantizer: Quantizer, x: Array, arrays: Arrays) -> Array:
-    """`loss * mean |x - quantized|^p`, a scalar."""
-    error = x.astype(wide(x.dtype)) - quantize(quantizer, x, arrays).astype(wide(x.dtype))
-    error = jnp.abs(error) if quantizer.loss_norm == "l1" else jnp.square(error)
-    return quantizer.loss * jnp.mean(error)
+    """`loss * mean |x - quantized|^p`, a scalar.
+
+    Its gradient pulls the values to their levels, these taken as constant, and the levels to the
+    values: that of x is `loss p |x - q|^(p-1) sign(x - q) / n`, that of learned arrays the
+    quantizer's own for the opposite of it. Through the straight-through gradient of q with respect
+    to x the two would cancel.
+    """
+    quantized = quantize(quantizer, lax.stop_gradient(x), arrays)
+    error = x.astype(wide(x.dtype)) - quantized.astype(wide(x.dtype))
+    # `jnp.abs` would have the slope 1 at 0, where values pass as they are.
+    sign = lax.stop_gradient(jnp.sign(error))
+    return quantizer.loss * jnp.mean(error * (sign if quantizer.loss_norm == "l1" else error))

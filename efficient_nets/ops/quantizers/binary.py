@@ -6,6 +6,7 @@ the n values of a group; the sign of 0 is 1 except in `binarize`.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -86,18 +87,23 @@ def _scaled_kernel(q: Quantizer, x: Array, arrays: Values) -> Rounded:
 
 
 def _start_scaled(q: Quantizer, x: Array):
-    """gamma, and for the spatial cases the factors of rows and columns, or of each position; 1."""
-    features, size, case = x.shape[-1], tuple(q.option("size")), q.option("case")
-    shapes = {
-        1: {"gamma": (features,)},
-        2: {"gamma": (features,), "positions": (*size, features)},
-        3: {"gamma": (features,), "positions": (*size, 1)},
-        4: {"gamma": (features,)}
-        | {f"axis{i}": (*(1,) * i, n, *(1,) * (len(size) - i)) for i, n in enumerate(size)},
-    }[case]
-    if case == 2:
-        shapes.pop("gamma")
+    """gamma, and for the spatial cases the factors of each position, or of rows and columns; 1."""
+    features, size, case = x.shape[-1], q.option("size"), q.option("case")
+    shapes = {} if case == 2 else {"gamma": (features,)}
+    if case in (2, 3):
+        shapes["positions"] = (*size, features if case == 2 else 1)
+    if case == 4:
+        for i, n in enumerate(size):
+            shapes[f"axis{i}"] = (*(1,) * i, n, *(1,) * (len(size) - i))
     return {name: jnp.ones(shape, x.dtype) for name, shape in shapes.items()}, {}
+
+
+def _case_and_size(options: Mapping) -> str | None:
+    case, size = options["case"], options["size"]
+    if (case == 1) == (size == ()):
+        return None
+    able = "(), as no factor depends on the position" if size else "one of the map's output"
+    return f"size={size}: allowed for case={case}: {able}"
 
 
 def is_factor(name: str) -> bool:
@@ -208,6 +214,7 @@ METHODS = {
             start=_start_scaled,
             options={"case": 1, "size": ()},
             allowed={"case": one_of(1, 2, 3, 4), "size": whole_numbers()},
+            check=_case_and_size,
             output_scale=spatial_scale,
             gradients=SIGN,
             per="channel",

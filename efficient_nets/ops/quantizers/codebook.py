@@ -13,7 +13,7 @@ from jax import Array, lax
 from efficient_nets.ops import straight_through as through
 from efficient_nets.ops.quantizers import groups
 from efficient_nets.ops.quantizers.fields import above_zero
-from efficient_nets.ops.quantizers.grid import ROUNDING, binary, finite
+from efficient_nets.ops.quantizers.grid import ROUNDING, binary, finite, positive
 from efficient_nets.ops.quantizers.spec import Method, Quantizer, Rounded, Values, code_range
 
 # Added to the diagonal of the normal equations, as a share of n: a bit that no value has set would
@@ -124,7 +124,7 @@ def _fatnn(q: Quantizer, x: Array, arrays: Values) -> Rounded:
 
     Straight through the rounding. Signed, the steps below 0 are counted downwards from there.
     """
-    slopes = arrays["slopes"].astype(x.dtype)  # (G, steps): those below 0 first
+    slopes = positive(arrays["slopes"].astype(x.dtype))  # (G, steps): those below 0 first
     low, high = code_range(q.levels, q.signed)
     x = finite(x)
     total = jnp.zeros_like(x)

@@ -47,6 +47,8 @@ def quantizer(
     if "loss_norm" in fields and not fields.get("loss"):
         raise UserError(f"{here}.loss_norm={fields['loss_norm']!r}: it takes a loss above 0")
     options = {key: _option(here, method, fields, key) for key in method.options}
+    if wrong := method.check(options):
+        raise UserError(f"{here}.{wrong}")
     own = dict(signed=method.signed, per=method.per, gradient=method.gradients[0])
     stages = _stages(here, fields.pop("stages", ()))
     made = Quantizer(
@@ -179,6 +181,11 @@ def _check(here: str, made: Quantizer, method: Method) -> None:
     if made.zero_point and (made.signed or made.levels == 2):
         raise UserError(f"{here}.zero_point: it takes signed=False and more than 2 levels")
     _check_stages(here, made)
+    if 0 < made.freeze_epoch < made.float_epochs:
+        raise UserError(
+            f"{here}.freeze_epoch={made.freeze_epoch}: give 0, or an epoch not below "
+            f"{made.float_epochs}, of float_epochs"
+        )
     _check_stop(here, made)
 
 

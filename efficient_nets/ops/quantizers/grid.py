@@ -21,8 +21,8 @@ def limits(q: Quantizer, arrays: Values, x: Array) -> tuple:
 
 
 def first_range(q: Quantizer) -> tuple[int, int]:
-    """The lowest and the highest code at the start of training."""
-    return code_range(q.stages[0][1] if q.stages else q.levels, q.signed)
+    """The lowest and the highest code when rounding begins."""
+    return code_range(q.first_levels, q.signed)
 
 
 def binary(x: Array) -> Array:

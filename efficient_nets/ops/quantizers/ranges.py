@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from efficient_nets.ops.quantizers import groups
+from efficient_nets.ops.quantizers.grid import first_range
 from efficient_nets.ops.quantizers.spec import Quantizer
 
 BINS = 1024  # of the histogram that 'entropy' takes
@@ -47,44 +48,67 @@ def least_error(q: Quantizer, x: Array, quantize) -> tuple[Array, Array]:
 
 
 def entropy(q: Quantizer, x: Array) -> tuple[Array, Array]:
-    """The limit of |x| with the least divergence of the histogram from its quantized form.
+    """The limits with the least divergence of the histogram from its quantized form.
 
-    As TensorRT's calibration: P is the histogram up to a limit with what is beyond in its last bin,
-    Q the same in as many steps as there are codes above 0, each spread over the bins of P that hold
-    anything; the limit has the least sum P log(P / Q).
+    As TensorRT's calibration: P is the histogram between the limits with what is outside in its
+    outermost bins, Q the same in the quantizer's steps, each spread over the bins of P that hold
+    anything; the limits have the least sum P log(P / Q). The histogram is of |x| where the codes
+    are signed, and of x from 0 on where what is below is rounded to 0 anyway: one limit. A range
+    that need not be symmetric has two, of the histogram between the least and the greatest value:
+    the upper one for no lower one, then the lower one for that, on both sides of the median. (Where
+    one bin has nearly all there is no divergence either.)
     """
-    steps = (q.levels - 1) // 2 if q.signed else q.levels - 1
-    steps = max(steps, 1)
-    most = jnp.maximum(groups.reduce(q, jnp.abs(x), jnp.max), jnp.finfo(x.dtype).tiny)
-    place = jnp.abs(x) / groups.spread(q, most, x) * BINS
-    place = jnp.clip(place.astype(jnp.int32), 0, BINS - 1)
-    counts = groups.reduce(q, place, functools.partial(_histogram, dtype=x.dtype))  # (BINS, G)
+    low, high = first_range(q)
+    values = jnp.abs(x) if q.signed and not q.shifts else x
+    most = groups.reduce(q, values, jnp.max)
+    base = groups.reduce(q, x, jnp.min) if q.shifts else jnp.zeros_like(most)
+    steps = high - low if q.shifts else high
+    width = jnp.maximum(most - base, jnp.finfo(x.dtype).tiny)
+    place = (values - groups.spread(q, base, x)) / groups.spread(q, width, x) * BINS
+    place = jnp.where(place < 0, BINS, jnp.minimum(place, BINS - 1)).astype(jnp.int32)
+    counts = groups.reduce(q, place, functools.partial(_histogram, dtype=x.dtype)).T  # (G, BINS)
     first = min(max(steps, BINS // 64), BINS)
     ends = jnp.arange(first, BINS + 1, max(BINS // 128, 1))
-    found = jax.vmap(lambda one: jax.lax.map(lambda end: _divergence(one, end, steps), ends))
-    end = ends[jnp.argmin(found(counts.T), axis=1)].astype(x.dtype)
-    limit = most * end / BINS
-    return (-limit if q.signed else jnp.zeros_like(limit)), limit
+
+    def best(counts, begins, ends):
+        found = jax.lax.map(lambda pair: _divergence(counts, *pair, steps), (begins, ends))
+        return jnp.argmin(found)
+
+    def limits(counts):
+        middle = jnp.argmax(2 * jnp.cumsum(counts) >= jnp.sum(counts)) if q.shifts else 0
+        tops = jnp.maximum(ends, middle + 1)
+        end = tops[best(counts, jnp.zeros_like(ends), tops)]
+        if not q.shifts:
+            return jnp.zeros_like(end), end
+        begins = jnp.minimum(ends - first, jnp.minimum(middle, end - first))
+        return begins[best(counts, begins, jnp.full_like(ends, end))], end
+
+    begin, end = (found.astype(x.dtype) for found in jax.vmap(limits)(counts))
+    lo, hi = base + width * begin / BINS, base + width * end / BINS
+    return (-hi if q.signed and not q.shifts else lo), hi
 
 
 def _histogram(place: Array, axis: tuple[int, ...], dtype) -> Array:
     """Counts of each bin over some axes: `(BINS, ...)`, the other axes kept."""
     kept = [i for i in range(place.ndim) if i not in axis]
     rows = jnp.transpose(place, (*kept, *axis)).reshape(place.shape[kept[0]], -1)
-    counts = jax.vmap(lambda row: jnp.zeros(BINS, dtype).at[row].add(1))(rows)
+    # A place behind the last bin is in none.
+    counts = jax.vmap(lambda row: jnp.zeros(BINS, dtype).at[row].add(1, mode="drop"))(rows)
     return counts.T
 
 
-def _divergence(counts: Array, end: Array, steps: int) -> Array:
+def _divergence(counts: Array, begin: Array, end: Array, steps: int) -> Array:
+    """That of the bins from `begin` to before `end`, in this number of steps."""
     bins = jnp.arange(BINS)
-    inside = bins < end
+    inside = jnp.logical_and(bins >= begin, bins < end)
     kept = jnp.where(inside, counts, 0)
-    p = kept + jnp.where(bins == end - 1, jnp.sum(counts) - jnp.sum(kept), 0)
-    step = jnp.clip(bins * steps // end, 0, steps - 1)
+    p = kept + jnp.where(bins == begin, jnp.sum(jnp.where(bins < begin, counts, 0)), 0)
+    p = p + jnp.where(bins == end - 1, jnp.sum(jnp.where(bins >= end, counts, 0)), 0)
+    step = jnp.clip((bins - begin) * steps // (end - begin), 0, steps - 1)
     holds = jnp.logical_and(inside, p > 0).astype(p.dtype)
     totals = jax.ops.segment_sum(kept, step, steps)
     number = jax.ops.segment_sum(holds, step, steps)
     q = (totals / jnp.maximum(number, 1))[step] * holds
-    p, q = p / jnp.sum(p), q / jnp.maximum(jnp.sum(q), 1e-30)
+    p, q = (one / jnp.maximum(jnp.sum(one), 1e-30) for one in (p, q))
     # A bin of P that Q gives nothing costs as much as one in 10^9 would.
     return jnp.sum(jnp.where(p > 0, p * (jnp.log(p) - jnp.log(jnp.maximum(q, 1e-9))), 0))

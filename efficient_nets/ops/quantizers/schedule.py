@@ -36,9 +36,9 @@ def phase(quantizer: Quantizer, epoch: Array | float) -> dict[str, Array]:
 def advance(quantizer: Quantizer, arrays: Arrays, epoch: Array | float) -> Arrays:
     """The arrays at a step's beginning, as the schedule has them then.
 
-    Where rounding begins, learned arrays are what was seen in the float epochs. Where the levels
-    change, a learned step is multiplied by the ratio of the highest codes, so that it covers the
-    same range.
+    Where rounding begins, learned arrays are what was seen in the float epochs, for the levels of
+    that stage. Where the levels change from there on, a learned step is multiplied by the ratio of
+    the highest codes, so that it covers the same range.
     """
     if not quantizer.scheduled:
         return arrays
@@ -53,7 +53,8 @@ def advance(quantizer: Quantizer, arrays: Arrays, epoch: Array | float) -> Array
     if quantizer.stages and "step" in learned:
         highs = [code_range(levels, quantizer.signed)[1] for _, levels in quantizer.stages]
         highs = jnp.asarray(highs, learned["step"].dtype)
-        ratio = highs[observed["stage"]] / highs[now["stage"]]
+        before, after = (jnp.maximum(of["stage"], quantizer.first_stage) for of in (observed, now))
+        ratio = highs[before] / highs[after]
         learned = learned | {"step": learned["step"] * ratio}
     return Arrays(learned, observed | now)
 

@@ -86,6 +86,7 @@ class Method:
       output_scale: `(quantizer, x, arrays, linear_map) -> factor` of the map's output, or None.
       options: Fields of its own, with their defaults.
       allowed: Of each of those `(what is allowed, value -> bool)`.
+      check: `options -> ` what is wrong with these together, or None.
       takes: Which of the optional fields of `Quantizer` it heeds.
       gradients: The pseudo-gradients that it can have, its own first.
       grouped: Whether it has figures that groups of channels have their own of.
@@ -105,6 +106,7 @@ class Method:
     allowed: Mapping[str, tuple[str, Callable[[Any], bool]]] = dataclasses.field(
         default_factory=dict
     )
+    check: Callable[[Mapping[str, Any]], str | None] = lambda options: None
     takes: tuple[str, ...] = ()
     gradients: tuple[str, ...] = ("identity",)
     grouped: bool = False
@@ -137,9 +139,9 @@ class Quantizer:
       pad: 'after': a convolution pads with zeros behind the quantizer (a binary input then has
         three values); 'before': it pads first, and zeros are rounded as other values are.
       loss, loss_norm: Weight of the loss `mean |x - quantized|^p` that is added to the net's, p
-        being 1 for 'l1' and 2 for 'l2'.
+        being 1 for 'l1' and 2 for 'l2'. It pulls values to levels, and learned levels to values.
       float_epochs: Epochs at the beginning in which nothing is rounded, and ranges are observed.
-      freeze_epoch: The epoch at which ranges stop moving; 0: never.
+      freeze_epoch: The epoch at which ranges stop moving, not before rounding begins; 0: never.
       stop_epoch: The epoch from which nothing is rounded again, and ranges do not move; 0: never.
         It is above the other epochs; a net for use is without such a quantizer.
       stages: `(epoch, levels)` pairs: levels before the last ones. `((0, 16), (2, 8))` has 16
@@ -180,6 +182,21 @@ class Quantizer:
     def scheduled(self) -> bool:
         """Whether the epoch decides what it does, see `layers.advance`."""
         return bool(self.float_epochs or self.freeze_epoch or self.stop_epoch or self.stages)
+
+    @property
+    def shifts(self) -> bool:
+        """Whether its range is between any two numbers: it has an offset or a zero point."""
+        return self.zero_point or (self.method == "lsq+" and self.site != "kernel")
+
+    @property
+    def first_stage(self) -> int:
+        """The stage in which rounding begins; learned arrays start for its levels."""
+        return max(sum(begin <= self.float_epochs for begin, _ in self.stages) - 1, 0)
+
+    @property
+    def first_levels(self) -> int:
+        """The levels with which rounding begins."""
+        return self.stages[self.first_stage][1] if self.stages else self.levels
 
     @property
     def pauses(self) -> bool:
