@@ -90,7 +90,8 @@ def _store(layer: layers.Layer, operands: str, of_input: Quantizer | None) -> Qu
         found = layer.ranges[name]
         arrays, quantizer = found.arrays(), found.quantizer
         if quantizer.method == "stored":
-            stored = quantizer
+            stored, dtype = quantizer, _kernel_type(quantizer, operands, of_input)
+            branch.kernel = layers.Codes(branch.kernel[...].astype(dtype))
             continue
         rounded = quantizers.rounded(quantizer, branch.kernel[...], arrays)
         if rounded.codes is None:

@@ -130,6 +130,8 @@ def _packed(value: np.ndarray, quantizer: Quantizer | None):
         columns = value.reshape(-1, number).T
         levels = max(len(np.unique(column)) for column in columns)
         bits = max((levels - 1).bit_length(), 1)
+        if (of_all := len(np.unique(value))) <= 2**bits:  # one table will do
+            number, levels = 1, of_all
     else:
         axis, bits = groups.channel_axis(quantizer), quantizer.bits
         number, levels = packing.table_shape(quantizer, value.shape, value.dtype)
