@@ -780,6 +780,12 @@ def test_starts(site, per, x64):
         close(found["step"], [2 * size / math.sqrt(case.high) for size in sizes])
     found, groups, _ = figures("pact", 4, alpha=6.0)
     close(found["alpha"], [6.0] * len(groups))
+    for signed in (False, True):
+        found, groups, _ = figures("pact", 4, signed=signed)
+        groups = [[abs(x) if signed else x for x in group] for group in groups]
+        close(found["alpha"], [max(group) for group in groups])
+        found, groups, _ = figures("pact", 4, [-10.0] * math.prod(SHAPES[site]), signed=signed)
+        close(found["alpha"], [10.0 if signed else 1.0] * len(groups))  # 1: of no values
     found, groups, _ = figures("minmax", 4)
     close(found["lo"], [min(group) for group in groups])
     close(found["hi"], [max(group) for group in groups])
