@@ -23,8 +23,9 @@ def to_integers(model: nnx.Module, *, settle: bool = False, operands: str = "int
     A kernel with codes on a uniform grid becomes int8, or int16 where its codes need it, beside its
     scales. Where the input of such a layer has codes too (see `ops.branch_maps`), the layer's map
     is one of whole numbers with sums in int32, and gives bit for bit what it gave before. A kernel
-    of a method without such a grid becomes its rounded values. Neither can be trained. Where a
-    schedule has stopped a quantizer, nothing is rounded, and its ranges are gone.
+    of a method without such a grid becomes its rounded values, and so does one whose schedule is
+    not over, which may add another rounding of float32. Neither can be trained. Where a schedule
+    has stopped a quantizer, nothing is rounded, and its ranges are gone.
 
     Args:
       model: The trained net; it is left as it is.
@@ -90,7 +91,7 @@ def _store(layer: layers.Layer, operands: str, of_input: Quantizer | None) -> Qu
         found = layer.ranges[name]
         arrays, quantizer = found.arrays(), found.quantizer
         rounded = quantizers.rounded(quantizer, branch.kernel[...], arrays)
-        if rounded.codes is None:
+        if rounded.codes is None or quantizer.pauses:
             branch.kernel = nnx.Param(quantizers.value(rounded))
             continue
         dtype = _kernel_type(quantizer, operands, of_input)
