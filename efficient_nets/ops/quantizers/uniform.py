@@ -161,7 +161,8 @@ def _kbit(q: Quantizer, x: Array, arrays: Values) -> Rounded:
 def _quantized_relu(q: Quantizer, x: Array, arrays: Values) -> Rounded:
     """`clip(2 round(hard_sigmoid(x) 2^k) / 2^k - 1, 0, 1 - 2^(1-k))`, 2^k = 2 L.
 
-    hard_sigmoid(x) = clip((x + 1) / 2, 0, 1). Those are L values, one bit being the sign's.
+    hard_sigmoid(x) = clip((x + 1) / 2, 0, 1). Those are L values, one bit being the sign's; half
+    steps go to even codes, which is the same but for odd L.
     """
     return _fixed(q, x, x * q.levels, 1 / q.levels, 0, q.levels - 1)
 
