@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from efficient_nets import calibration, data, evaluation, experiment, layers
+from efficient_nets import calibration, data, evaluation, experiment, layers, sharding
 from efficient_nets import train as training
 from efficient_nets.errors import UserError
 from tests.train_test import tiny
@@ -59,12 +59,16 @@ def test_ranges_start_from_training_images(run, started):
 def test_a_step_follows_the_schedules_and_adds_the_losses(run, started):
     state, resident = started, evaluation.put_resident(run, "train")
     batch = next(data.train_batches(run.dataset.train, 32, seed=0))
+    batch = sharding.put_batch(batch, run.mesh)
     step = jax.jit(functools.partial(training.train_step, run))
     phases = {}
     for epoch in (0, 1, 2, 3):
         before = ranges_of(run, state)["stage1/0/conv1/ranges/w"]
-        at = state._replace(step=jnp.asarray(epoch * run.epoch_steps, jnp.int32))
-        state, metrics = step(at, batch, resident)
+        now = np.asarray(epoch * run.epoch_steps, np.int32)
+        at = state._replace(step=jax.device_put(now, state.step.sharding))
+        # Once it is compiled, nothing of the schedule is decided on the host.
+        with jax.transfer_guard("disallow" if epoch else "allow"):
+            state, metrics = step(at, batch, resident)
         found = ranges_of(run, state)["stage1/0/conv1/ranges/input"]
         phases[epoch] = int(found.active[...]), int(found.stage[...])
         # In the last epoch kernels are not rounded any more.
@@ -74,6 +78,7 @@ def test_a_step_follows_the_schedules_and_adds_the_losses(run, started):
         assert int(kernel.active[...]) == int(not kernel.stopped[...]) == (epoch < 3)
         assert (kernel.step[0] != before.step[0]) == (epoch < 3)
     assert phases == {0: (0, 0), 1: (1, 0), 2: (1, 1), 3: (1, 1)}
+    assert step._cache_size() == 1
 
 
 def test_the_averaged_net_follows_the_schedules_too(run, started):

@@ -24,8 +24,9 @@ def to_integers(model: nnx.Module, *, settle: bool = False, operands: str = "int
     scales; one of whole numbers stays. Where the input of such a layer has codes too (see
     `ops.branch_maps`), the layer's map is one of whole numbers with sums in int32, and gives bit
     for bit what it gave before. A kernel of a method without such a grid becomes its rounded
-    values. Neither can be trained. Where a schedule has stopped a quantizer, nothing is rounded,
-    and its ranges are gone.
+    values, and so does one whose schedule is not over, which may add another rounding of float32.
+    Neither can be trained. Where a schedule has stopped a quantizer, nothing is rounded, and its
+    ranges are gone.
 
     Args:
       model: The trained net; it is left as it is.
@@ -94,7 +95,7 @@ def _store(layer: layers.Layer, operands: str, of_input: Quantizer | None) -> Qu
             branch.kernel = layers.Codes(branch.kernel[...].astype(dtype))
             continue
         rounded = quantizers.rounded(quantizer, branch.kernel[...], arrays)
-        if rounded.codes is None:
+        if rounded.codes is None or quantizer.pauses:
             branch.kernel = nnx.Param(quantizers.value(rounded))
             continue
         dtype = _kernel_type(quantizer, operands, of_input)

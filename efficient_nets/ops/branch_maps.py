@@ -108,7 +108,7 @@ def branch_maps(
         parts = [rounded[i] for i in positions]
         own = [kernels[i] for i in positions]
         exact = None
-        if kind == "x" and _has_codes(x_rounded, parts):
+        if kind == "x" and _has_codes(x_rounded, parts) and _whole(precision, own):
             exact = lax.stop_gradient(_of_codes(precision, padless, x, x_rounded, own, parts))
         if exact is not None and not _trainable(own):
             z[kind] = exact
@@ -155,6 +155,11 @@ def _has_codes(x: Rounded | None, kernels: Sequence[Rounded | None]) -> bool:
         and set(x.scale.shape[1:]) <= {1}
         and all(set(kernel.scale.shape[:-1]) <= {1} for kernel in kernels)
     )
+
+
+def _whole(precision: Precision, kernels: Sequence[Array]) -> bool:
+    """Whether the input's codes are whole numbers where the kernels are: in float epochs not."""
+    return _trainable(kernels) or not precision.input.pauses
 
 
 def _of_codes(precision, linear_map, x, x_rounded, own, kernels: Sequence[Rounded]) -> Array:

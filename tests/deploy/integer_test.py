@@ -116,8 +116,7 @@ def test_a_whole_net_with_schedules_that_are_over():
         layers.advance([found for _, found in layers.ranges(net)], epoch)
     found = deploy.to_integers(net)
     assert found.stage1[0].conv1.w.kernel.dtype == jnp.int8
-    # Before, `where` takes rounded or float values: the sums are not of whole numbers there.
-    np.testing.assert_allclose(found(x), net(x), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(found(x), net(x))
 
 
 INT4 = {  # kernels in int4 or not, as codes of kernel and input fit
@@ -195,6 +194,22 @@ def test_what_a_tpu_multiplies(make, shape, operands, kind, tpu):
     types = dict(re.findall(r"(%[\w.-]+) = (\w+)\[", text))
     products = re.findall(r" = (\w+)\[\S* (?:convolution|dot)\((%[\w.-]+), (%[\w.-]+)\)", text)
     assert [(out, types[a], types[b]) for out, a, b in products] == [("s32", kind, kind)]
+
+
+@pytest.mark.parametrize("site", ["kernel", "input"])
+def test_a_schedule_of_one_site_that_is_not_over(site):
+    """The other one's codes are whole numbers, and this one's are not."""
+    precision = {name: dict(method="lsq", bits=4) for name in ("kernel", "input")}
+    precision[site]["float_epochs"] = 1.0
+    layer = Conv(4, 4, (3, 3), spec=LayerSpec(precision=precision), rngs=nnx.Rngs(0))
+    layer.eval()
+    x = jnp.abs(normal(2, 6, 6, 4))
+    # Products are rounded before or behind the sum of 36 of them.
+    np.testing.assert_allclose(deploy.to_integers(layer)(x), layer(x), rtol=1e-5, atol=1e-5)
+    layers.advance(layer.ranges.values(), 1.0)
+    found = deploy.to_integers(layer)
+    assert found.w.kernel.dtype == jnp.int8
+    np.testing.assert_array_equal(found(x), layer(x))
 
 
 def test_what_a_schedule_stopped_is_gone():

@@ -211,6 +211,9 @@ def quantized_relu(case, xs, gs, arrays):
     two_k = 2 * case.spec.levels
     values = []
     for x in xs:
+        if case.spec.levels % 2:  # no power of two: half steps go to even codes
+            values.append(nearest(x * two_k / 2, 0, two_k / 2 - 1) / (two_k / 2))
+            continue
         sigmoid = min(max((x + 1) / 2, 0), 1)
         values.append(min(max(2 * round(sigmoid * two_k) / two_k - 1, 0), 1 - 2 / two_k))
     ks = slopes(case.spec.gradient, [x * two_k / 2 for x in xs], 0, two_k / 2 - 1)
@@ -574,6 +577,15 @@ def cases():
             # A clip with exact steps, as alpha and the steps above have.
             own = {} if site == "kernel" else {"clip": 0.25 * (levels - 1)}
             yield Case(site, "dorefa", levels=levels, **own)
+    for levels, method in itertools.product((5, 7, 255), ("lsq", "lsq+", "pact", "minmax")):
+        yield Case("kernel", method, levels=levels)
+        yield Case("input", method, levels=levels)
+    for levels in (5, 7, 255):
+        yield Case("kernel", "dorefa", levels=levels)
+        yield Case("input", "dorefa", levels=levels, clip=0.25 * (levels - 1))
+        yield Case("input", "quantized_relu", levels=levels)
+    yield Case("input", "lsq", levels=255, signed=True)
+    yield Case("input", "minmax", levels=255, zero_point=True)
     for levels in (4, 16, 256):
         yield Case("kernel", "kbit", levels=levels)
         yield Case("input", "quantized_tanh", levels=levels)
@@ -780,6 +792,12 @@ def test_starts(site, per, x64):
         close(found["step"], [2 * size / math.sqrt(case.high) for size in sizes])
     found, groups, _ = figures("pact", 4, alpha=6.0)
     close(found["alpha"], [6.0] * len(groups))
+    for signed in (False, True):
+        found, groups, _ = figures("pact", 4, signed=signed)
+        groups = [[abs(x) if signed else x for x in group] for group in groups]
+        close(found["alpha"], [max(group) for group in groups])
+        found, groups, _ = figures("pact", 4, [-10.0] * math.prod(SHAPES[site]), signed=signed)
+        close(found["alpha"], [10.0 if signed else 1.0] * len(groups))  # 1: of no values
     found, groups, _ = figures("minmax", 4)
     close(found["lo"], [min(group) for group in groups])
     close(found["hi"], [max(group) for group in groups])

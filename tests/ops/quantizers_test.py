@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from efficient_nets.errors import UserError
 from efficient_nets.ops import quantizers
@@ -98,6 +99,62 @@ def test_jit_is_eager_and_types_stay(method, site, levels, dtype):
     np.testing.assert_allclose(
         eager.astype(jnp.float32), compiled.astype(jnp.float32), rtol=digits, atol=1e-30
     )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def every_gradient(site, x, g):
+    """Of each method there: the value, and the gradients of x and the learned arrays."""
+    found = {}
+    for method, _, levels in (row for row in FIRST if row[1] == site):
+        spec = make(method, site, levels, per="groups:2")
+        signed = x if spec.signed else jnp.abs(x)
+        learned, observed = quantizers.start(spec, signed.astype(jnp.float32))
+
+        def quantize(x, learned, spec=spec, observed=observed):
+            return quantizers.quantize(spec, x, quantizers.Arrays(learned, observed))
+
+        value, back = jax.vjp(quantize, signed, learned)
+        found[method] = value, back(g)
+    return found
+
+
+@functools.cache
+def arguments(site):
+    x, g = (np.random.default_rng(seed).normal(size=(8, 3, 8)) for seed in (0, 1))
+    # Numbers that bfloat16 has.
+    return tuple(jnp.asarray(2 * each, jnp.bfloat16).astype(jnp.float32) for each in (x, g))
+
+
+def compare(found, expected, digits):
+    for (path, ours), theirs in zip(
+        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
+    ):
+        ours, theirs = (np.asarray(each, np.float32) for each in (ours, theirs))
+        size = np.max(np.abs(theirs))
+        np.testing.assert_allclose(ours, theirs, rtol=digits, atol=digits * size, err_msg=str(path))
+
+
+@pytest.mark.parametrize("site", ["kernel", "input"])
+def test_gradients_of_bfloat16(site):
+    """They are those of float32, rounded once: a method computes in that."""
+    expected = every_gradient(site, *arguments(site))
+    found = every_gradient(site, *(each.astype(jnp.bfloat16) for each in arguments(site)))
+    for method, (value, (dx, learned)) in found.items():
+        assert value.dtype == dx.dtype == jnp.bfloat16, method
+        assert all(each.dtype == jnp.float32 for each in learned.values()), method
+        # 8 bits; sums of 96 float32 are compiled in another order.
+        compare((value, dx), (expected[method][0], expected[method][1][0]), 2**-8)
+        compare(learned, expected[method][1][1], 1e-5)
+
+
+@pytest.mark.parametrize("site", ["kernel", "input"])
+def test_gradients_on_eight_devices(site):
+    """An input is cut over its samples, a kernel over its output channels, as FSDP does."""
+    expected = every_gradient(site, *arguments(site))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    cut = PartitionSpec("data") if site == "input" else PartitionSpec(None, None, "data")
+    found = every_gradient(site, *jax.device_put(arguments(site), NamedSharding(mesh, cut)))
+    compare(found, expected, 1e-5)  # sums of 96 numbers, in parts
 
 
 @ONCE

@@ -193,6 +193,18 @@ def observe(quantizer: Quantizer, x: Array, arrays: Arrays) -> Arrays:
     return arrays._replace(observed=before | moved)
 
 
+def _while_active(quantizer: Quantizer, found: Rounded, x: Array, active: Array) -> Rounded:
+    """That, else x: as codes with a scale of 1, which changes no bit, so that one map serves both.
+
+    One that stops has no codes: a net for use is without it, and its map is of the values.
+    """
+    surrogate = jnp.where(active, value(found), x)
+    if found.codes is None or quantizer.stop_epoch:
+        return Rounded(surrogate)
+    codes = jnp.where(active, found.codes, lax.stop_gradient(x))
+    return Rounded(surrogate, codes, jnp.where(active, found.scale, 1))
+
+
 def rounded(
     quantizer: Quantizer, x: Array, arrays: Arrays, pad: Callable[[Array], Array] | None = None
 ) -> Rounded:
@@ -214,7 +226,7 @@ def rounded(
         found = times(found, groups.spread(quantizer, learned["post_scale"].astype(x.dtype), x))
     found = undo(found)
     if quantizer.pauses:
-        found = Rounded(jnp.where(observed["active"] > 0, value(found), x))
+        found = _while_active(quantizer, found, x, observed["active"] > 0)
     if found.codes is None and found.value is None:
         return found._replace(value=lax.stop_gradient(found.surrogate))
     return found

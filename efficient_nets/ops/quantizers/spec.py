@@ -45,7 +45,7 @@ class Rounded(NamedTuple):
     Attributes:
       surrogate: Shape of x; its gradient is the quantizer's.
       codes: Whole numbers of x's type, shape of x, within `quantizers.code_bounds`; None for a
-        method without a uniform grid.
+        method without a uniform grid. The values themselves in float epochs.
       scale: Broadcasts to x; the quantized value is `codes * scale`.
       value: The quantized value, where there are no codes.
     """

@@ -126,17 +126,20 @@ def _pact(q: Quantizer, x: Array, arrays: Values) -> Rounded:
 
 
 def _start_pact(q: Quantizer, x: Array):
-    """The option `alpha`, or where that is 0 the largest value.
+    """The option `alpha`, or where that is 0 the range of the values.
 
     10, the paper's, rounds nearly all that follows a batch norm to 0 at 2 bits.
     """
-    most = groups.reduce(q, x if q.site != "kernel" else jnp.abs(x), jnp.max)
-    most = jnp.where(most > 0, most, 1.0)
-    return {"alpha": jnp.full_like(most, q.option("alpha")) if q.option("alpha") else most}, {}
+    lo, hi = groups.reduce(q, x, jnp.min), groups.reduce(q, x, jnp.max)
+    if q.option("alpha"):
+        return {"alpha": jnp.full_like(hi, q.option("alpha"))}, {}
+    return _fit_pact(q, lo, hi)
 
 
 def _fit_pact(q: Quantizer, lo: Array, hi: Array):
-    return {"alpha": jnp.maximum(jnp.maximum(-lo, hi) if q.signed else hi, TINY)}, {}
+    """The largest value, signed the largest |value|; 1 where nothing is above 0."""
+    most = jnp.maximum(-lo, hi) if q.signed else hi
+    return {"alpha": jnp.where(most > 0, most, 1.0)}, {}
 
 
 # The BinaryNet family of the ENAS project, H = 1
@@ -158,7 +161,8 @@ def _kbit(q: Quantizer, x: Array, arrays: Values) -> Rounded:
 def _quantized_relu(q: Quantizer, x: Array, arrays: Values) -> Rounded:
     """`clip(2 round(hard_sigmoid(x) 2^k) / 2^k - 1, 0, 1 - 2^(1-k))`, 2^k = 2 L.
 
-    hard_sigmoid(x) = clip((x + 1) / 2, 0, 1). Those are L values, one bit being the sign's.
+    hard_sigmoid(x) = clip((x + 1) / 2, 0, 1). Those are L values, one bit being the sign's; half
+    steps go to even codes, which is the same but for odd L.
     """
     return _fixed(q, x, x * q.levels, 1 / q.levels, 0, q.levels - 1)
 
