@@ -95,7 +95,16 @@ def test_a_config_fits_eight_devices(path):
     assert experiment.build(config, data.Dataset(info, source, None, source)).mesh.size == 8
 
 
-@each_config
+@pytest.mark.parametrize(
+    "path",
+    [
+        path
+        if path.stem in ("qresnet", "quantized")
+        else pytest.param(path, marks=pytest.mark.slow)
+        for path in FILES
+    ],
+    ids=lambda path: path.stem,
+)
 def test_a_config_takes_a_step_at_tiny_size(path, one_device):
     config, _ = load(path)
     config.model.width = 1 / 16

@@ -47,6 +47,7 @@ def norms(net):
     return [norm for _, norm in nnx.iter_graph(net) if isinstance(norm, BatchNorm)]
 
 
+@pytest.mark.slow
 def test_rounding_after_training(plain, tmp_path, capsys):
     config = config_of(checkpoint__convert_from=str(plain), deploy__bias_correction=60)
     result = deployed(config, tmp_path)

@@ -73,7 +73,8 @@ def restored(workdir):
 @pytest.mark.parametrize(
     "devices, fsdp",
     [
-        (2, 4),  # kernels and their momentum are cut over both processes
+        # Kernels and their momentum are cut over both processes.
+        pytest.param(2, 4, marks=pytest.mark.slow),
         pytest.param(4, 1, marks=pytest.mark.slow),
         pytest.param(4, 8, marks=pytest.mark.slow),
     ],

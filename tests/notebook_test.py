@@ -70,6 +70,7 @@ def test_it_holds_no_outputs(name):
         assert not cell.get("outputs") and cell.get("execution_count") is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_its_cells_run_in_order(name, tmp_path):
     settings, check, printed, left = RUNS[name]

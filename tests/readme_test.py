@@ -119,6 +119,7 @@ HANDLERS = {
 }
 
 
+@pytest.mark.slow
 def test_every_command_runs(tmp_path, command, monkeypatch):
     reader = Reader(tmp_path, command, monkeypatch)
     assert len(COMMANDS) >= 8

@@ -59,8 +59,7 @@ def precisions(name, rules, **options):
 def test_quantized_rounds_what_its_policy_says(arguments, ends, shortcuts):
     found = precisions("resnet", recipes.quantized("lsq:w2a2", **arguments), depth=8)
     eight = ends == "lsq:w8a8"
-    # The short form leaves out that an image has a sign.
-    assert str(found["stem"]) == (f"{ends}..." if eight else ends)
+    assert str(found["stem"]) == (f"{ends}s" if eight else ends)  # an image has a sign
     assert found["stem"].input is None or found["stem"].input.signed == eight
     assert str(found["head"]) == ends
     for stage in (2, 3):

@@ -1,5 +1,6 @@
 """Whole runs of a tiny quadratic net on digits: resumed, killed, on other devices, diverging."""
 
+import functools
 import json
 import pathlib
 
@@ -85,7 +86,10 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("at", [3, 5, 7])
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("at", [slow(3), 5, slow(7)])
 def test_a_killed_run_goes_on_to_the_same_bits(whole, tmp_path, monkeypatch, at):
     """Saved every step but evaluated every epoch; the kill falls within, at and after an epoch."""
     config = tiny(checkpoint__every_epochs=0.2)
@@ -106,6 +110,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(whole, tmp_path, monkeypatch, at)
     assert metrics(tmp_path) == metrics(whole[0])
 
 
+@pytest.mark.slow
 def test_several_steps_in_one_dispatch_train_the_same(whole, tmp_path):
     result = training.train(tiny(train__steps_per_dispatch=3), tmp_path)
     assert result["steps"] == 10
@@ -149,7 +154,7 @@ def test_the_last_state_is_evaluated_once_on_each_split(tmp_path, monkeypatch):
     assert again["validation/loss"] == result["validation/loss"]
 
 
-@pytest.mark.parametrize("fsdp", [1, 4])
+@pytest.mark.parametrize("fsdp", [slow(1), 4])
 def test_one_device_and_eight_train_the_same(fsdp):
     rules = (dict(match="kernel|scale", shard="fsdp"),)
     one, losses_one = state_after(tiny(), 1)
@@ -258,6 +263,7 @@ def test_no_step_compiles_twice(tmp_path, caplog):
     assert len(compiled) == 1
 
 
+@pytest.mark.slow
 def test_averaged_weights_are_what_is_evaluated(tmp_path):
     config = tiny(train__ema=0.5, train__epochs=1.0)
     result = training.train(config, tmp_path)

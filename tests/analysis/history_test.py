@@ -64,6 +64,7 @@ def test_activations_and_gradients_are_those_of_the_first_images(whole):
     assert {name.partition("/")[0] for name in found} == {"params", "stats"}
 
 
+@pytest.mark.slow
 def test_all_steps_of_a_run_share_what_is_compiled(tmp_path, monkeypatch):
     traced = []
 
@@ -86,11 +87,13 @@ def test_without_held_out_images_there_are_weights_alone(tmp_path):
     assert training._histogram_batch(experiment.build(config_of(0.0), run.dataset)) is None
 
 
+@pytest.mark.slow
 def test_they_change_no_step(whole, tmp_path):
     assert training.train(config_of(0.0), tmp_path)["params_digest"] == whole[1]["params_digest"]
     assert not (tmp_path / "histograms").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_writes_the_same(whole, tmp_path, monkeypatch):
     class Killed(Exception):
         pass
