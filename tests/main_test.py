@@ -148,6 +148,7 @@ def test_a_finished_run_is_not_trained_again(whole, command):
     assert read(whole[0] / "result.json")["params_digest"] == digest
 
 
+@pytest.mark.slow
 def test_analysis_writes_numbers_pictures_and_events_beside_another_run_s(whole, command, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     step = ("--mode=analyze", f"--checkpoint={whole[0]}", "--step=best")
@@ -277,6 +278,7 @@ def test_a_workdir_that_cannot_be_made_is_named(fails, tmp_path, mode):
     assert str(tmp_path / "file") in fails(TINY, f"--mode={mode}", f"--workdir={tmp_path}/file/x")
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_named_and_the_process_ends(tmp_path):
     result = shell(TINY, f"--workdir={tmp_path}", limit=32)
     assert result.returncode == 2, result.stderr

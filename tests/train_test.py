@@ -78,6 +78,7 @@ def test_the_same_config_gives_the_same_bits(whole, tmp_path):
     assert training.train(tiny(), tmp_path)["params_digest"] == whole[1]["params_digest"]
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_net(whole, tmp_path):
     assert training.train(tiny(seed=1), tmp_path)["params_digest"] != whole[1]["params_digest"]
 
@@ -154,7 +155,8 @@ def test_the_last_state_is_evaluated_once_on_each_split(tmp_path, monkeypatch):
     assert again["validation/loss"] == result["validation/loss"]
 
 
-@pytest.mark.parametrize("fsdp", [slow(1), 4])
+@pytest.mark.parametrize("fsdp", [1, 4])
+@pytest.mark.slow
 def test_one_device_and_eight_train_the_same(fsdp):
     rules = (dict(match="kernel|scale", shard="fsdp"),)
     one, losses_one = state_after(tiny(), 1)
@@ -290,6 +292,7 @@ def test_the_average_moves_weights_and_statistics_by_the_same_decay():
             np.testing.assert_allclose(average, 0.75 * a + 0.25 * b, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_averaged_net_of_another_which_it_reported(tmp_path, caplog):
     training.train(tiny(train__ema=0.5, train__epochs=1.0), tmp_path)
     source = experiment.build(tiny(train__ema=0.5), data.load(tiny().data))
@@ -304,6 +307,7 @@ def test_a_run_starts_from_the_averaged_net_of_another_which_it_reported(tmp_pat
     assert "starts fresh" not in caplog.text
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_with_float32_parameters(tmp_path):
     config = tiny(dtype="bfloat16", train__epochs=1.0)
     training.train(config, tmp_path)
@@ -312,6 +316,7 @@ def test_bfloat16_trains_with_float32_parameters(tmp_path):
     assert {x.dtype.name for x in jax.tree.leaves(state.params)} == {"float32"}
 
 
+@pytest.mark.slow
 def test_the_workdir_may_be_relative(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     training.train(tiny(train__epochs=0.4), pathlib.Path("here"))

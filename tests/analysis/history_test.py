@@ -32,6 +32,7 @@ def whole(tmp_path_factory):
     return workdir, training.train(config_of(0.6), workdir)
 
 
+@pytest.mark.slow
 def test_a_run_writes_them_at_both_ends_and_at_the_first_evaluation_of_a_period(whole):
     assert sorted(files(whole[0])) == ["00000000.npz", "00000004.npz", "00000006.npz"]
     for kind in ("weights", "activations", "gradients"):
@@ -39,6 +40,7 @@ def test_a_run_writes_them_at_both_ends_and_at_the_first_evaluation_of_a_period(
         assert path.stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_they_are_of_weights_and_running_statistics(whole):
     found = history.read_history(whole[0])
     steps, kernels = found["params/stage1/0/conv1/a/kernel"]
@@ -47,6 +49,7 @@ def test_they_are_of_weights_and_running_statistics(whole):
     assert (means[0].mean, means[0].std) == (0, 0) and means[2].std > 0
 
 
+@pytest.mark.slow
 def test_activations_and_gradients_are_those_of_the_first_images(whole):
     """At the last step, of the parameters themselves."""
     run = experiment.build(config_of(0.6), data.load(config_of(0.6).data))

@@ -59,7 +59,11 @@ def x64():
 @pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
 @pytest.mark.parametrize(
     ("neuron", "branch", "outer"),
-    [("ours", "branch", True), ("t4", "none", True), ("qres", "none", False)],
+    [
+        ("ours", "branch", True),
+        pytest.param("t4", "none", True, marks=pytest.mark.slow),
+        pytest.param("qres", "none", False, marks=pytest.mark.slow),
+    ],
 )
 def test_hybrid_equals_autodiff(x64, precision, neuron, branch, outer):
     found = []

@@ -193,6 +193,7 @@ def test_bfloat16_hybrid_is_autodiff():
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_bfloat16_hybrid_of_every_neuron_is_as_near_float32_as_autodiff(name):
     case = conv((4, 5), (2, 2), neuron=name)
     x, *parameters = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), case.arguments())
