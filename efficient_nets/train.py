@@ -69,6 +69,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     costs = workdirs.write_summary(workdir, config, experiment.abstract_model(config, info), info)
     dataset = data.load(config.data)
     run = experiment.build(config, dataset)
+    teacher = distillation.teacher(run, before)
 
     checkpoints = Checkpoints(
         workdir / "checkpoints",
@@ -86,7 +87,6 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
             reporter.scalars(0, scores)
             reporter.line(reporting.evaluation_line(0, 0, scores))
         with _explaining_divergence(checkpoints):
-            teacher = distillation.teacher(run, before)
             state, meta, scores = _loop(
                 run, state, meta, teacher, evaluation, checkpoints, reporter
             )

@@ -105,6 +105,11 @@ def _check(config: ConfigDict) -> None:
             f"checkpoint.convert_from={config.checkpoint.convert_from} is rounded: a net in float "
             "is needed"
         )
+    if config.calibration.norm_batches:
+        raise UserError(
+            f"calibration.norm_batches={config.calibration.norm_batches}: layers are switched in a "
+            "net whose norms stay as they are; give 0"
+        )
     if not config.data.validation:
         raise UserError(
             "data.validation='': layers are switched on held-out images; give a split that is not "

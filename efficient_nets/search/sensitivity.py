@@ -104,20 +104,22 @@ def measure(
 
 
 def scores_of(config: ConfigDict, dataset: data.Dataset) -> dict[str, float]:
-    """Loss and accuracy of the net that training this config would start from."""
+    """Loss and accuracy of the net that training this config starts from, all of it rounded."""
     return _Switched(config, dataset, ())(())
 
 
 class _Switched:
-    """The rounded net that training this config would start from, some layers with switches."""
+    """The rounded net that training this config would start from; these layers can be off."""
 
     def __init__(self, config: ConfigDict, dataset: data.Dataset, names: Sequence[str]):
         model = experiment.abstract_model(config, dataset.info)
+        # All of them: a schedule of their own would keep the others in float.
         precisions = {
             path: switchable(layer.spec.precision)
             for path, layer in layers.layers(model)
-            if path in names
+            if layer.spec.precision.quantizers
         }
+        self._always = [path for path in precisions if path not in names]
         config = experiment.without_idle_rules(with_choices(config, precisions))
         run = experiment.build(config, dataset, training=False)
         state = conversion.converted_start(run, run.abstract)
@@ -126,7 +128,9 @@ class _Switched:
 
     def __call__(self, on: Sequence[str]) -> dict[str, float]:
         net = self._state.net
-        state = self._state._replace(params=net["params"], stats=switched(net["stats"], on), ema={})
+        state = self._state._replace(
+            params=net["params"], stats=switched(net["stats"], [*on, *self._always]), ema={}
+        )
         found = self._evaluator(state)
         return {name: found[f"validation/{name}"] for name in ("loss", "accuracy")}
 

@@ -137,8 +137,11 @@ def test_without_choices_the_config_s_own_precision_is_measured(trained, tmp_pat
 
 def test_layers_that_are_not_asked_keep_what_the_config_says(trained, tmp_path):
     config = mixed_config(trained, keep=0.0, choices=("lsq:w2a2",), layers="conv2")
+    # Its schedule would leave it in float at the start.
+    fields = dict(method="minmax", bits=8, float_epochs=1.0)
+    scheduled = dict(kernel=fields, input=fields | {"signed": True})
     config.layers = (
-        dict(match="conv1", precision="minmax:w8a8s"),
+        dict(match="conv1", precision=scheduled),
         dict(match="conv2", precision="lsq:w4a4"),
     )
     report = mixed_precision.build(config, tmp_path)
@@ -189,6 +192,7 @@ def test_what_cannot_be(trained, tmp_path, fields, words):
 @pytest.mark.parametrize(
     "field, value, words",
     [
+        ("calibration.norm_batches", 2, "whose norms stay as they are; give 0"),
         ("data.validation", "", "layers are switched on held-out images"),
         ("checkpoint.convert_from", "", "give the workdir of the trained net"),
         ("layers", (), "no rule has a precision"),
