@@ -29,6 +29,7 @@ from efficient_nets import (
     experiment,
     inspection,
     layers,
+    pretraining,
     reporting,
     sharding,
     workdirs,
@@ -106,7 +107,7 @@ def make_deployable(
         )
     workdir.mkdir(parents=True, exist_ok=True)
     size = deploy.save(made.whole, workdir / FILE)
-    result = _measured(run, made, abstract) | {"file_bytes": size}
+    result = _measured(run, folder, made, abstract) | {"file_bytes": size}
     reporting.write_json(workdir / RECORD, result)
     _check_file(run, made.whole, workdir)
     _print(result, workdir)
@@ -257,11 +258,19 @@ def _scores(run: Experiment, net: nnx.Module) -> dict[str, float]:
     return evaluate_all(evaluators(run), state)
 
 
-def _source_scores(run: Experiment) -> dict[str, Any]:
-    """Scores of the net that the run started from, and where that is; none where it is gone."""
-    for name in ("convert_from", "init_from"):
-        field, folder = f"checkpoint.{name}", pathlib.Path(run.config.checkpoint[name])
-        if not run.config.checkpoint[name]:
+def _source_scores(run: Experiment, folder: pathlib.Path) -> dict[str, Any]:
+    """Scores of the net that the run in a folder started from, and where it is; none if gone."""
+    start = run.config.checkpoint
+    sources = {
+        "checkpoint.convert_from": start.convert_from,
+        "checkpoint.init_from": start.init_from,
+    }
+    if run.config.pretrain.epochs:
+        workdir = folder.parent if folder.name == "checkpoints" else folder
+        sources["pretrain.epochs"] = str(workdir / pretraining.FOLDER)
+    for field, given in sources.items():
+        folder = pathlib.Path(given)
+        if not given:
             continue
         try:
             source = workdirs.read_config(field, folder)
@@ -275,8 +284,10 @@ def _source_scores(run: Experiment) -> dict[str, Any]:
     return {}
 
 
-def _measured(run: Experiment, made: Deployed, abstract: nnx.Module) -> dict[str, Any]:
-    source = _source_scores(run)
+def _measured(
+    run: Experiment, folder: pathlib.Path, made: Deployed, abstract: nnx.Module
+) -> dict[str, Any]:
+    source = _source_scores(run, folder)
     scores = {"float": source["scores"]} if source else {}
     scores |= {"rounded": _scores(run, made.rounded), "integer": _scores(run, made.whole)}
     first = next(iter(scores))

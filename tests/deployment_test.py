@@ -159,3 +159,13 @@ def test_a_step_needs_a_checkpoint(plain, tmp_path):
         deployed(config, tmp_path, which="best")
     with pytest.raises(UserError, match="holds no deploy.json"):
         deployment.load(config, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_net_in_float_of_a_run_of_two_is_where_it_came_from(tmp_path):
+    config = config_of(pretrain__epochs=1.0)
+    training.train(config, tmp_path)
+    result = deployed(config, tmp_path)
+    assert result["source"] == str(tmp_path / "float")
+    before = json.loads((tmp_path / "float" / "result.json").read_text())
+    assert result["scores"]["float"]["test/accuracy"] == before["test/accuracy"]
