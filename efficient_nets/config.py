@@ -115,10 +115,12 @@ def defaults() -> ConfigDict:
             # match, learning_rate (a factor), weight_decay, bound (of the parameters' size; 0 is
             # none); the first rule that has a field wins.
             # Of the quantizers' ranges PACT's alpha alone decays, as its paper says; PReLU's slopes
-            # do not, as its paper says (arXiv 1502.01852), nor do Group-Net's gates.
+            # do not, as its paper says (arXiv 1502.01852), nor do Group-Net's gates and Winograd's
+            # learned transforms.
             rules=(
                 dict(
-                    match=r"(^|/)(bias|scale|slope|gate|ranges/.*/(?!alpha)\w+)$", weight_decay=0.0
+                    match=r"(^|/)(bias|scale|slope|gate|transforms/\w+|ranges/.*/(?!alpha)\w+)$",
+                    weight_decay=0.0,
                 ),
             ),
         )

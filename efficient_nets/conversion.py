@@ -55,7 +55,12 @@ def _check_same(field: str, converted: nnx.Module, expected: nnx.Module) -> None
     """Rules see the source's specs where they leave a field open, a plain net's otherwise."""
     specs = [
         {
-            path: (*layer.spec.storage, layer.spec.precision, layer.geometry.kernel_shape)
+            path: (
+                *layer.spec.storage,
+                layer.spec.algorithm,
+                layer.spec.precision,
+                layer.geometry.kernel_shape,
+            )
             for path, layer in layers.layers(model)
         }
         for model in (converted, expected)

@@ -17,6 +17,7 @@ from flax import nnx
 from efficient_nets.layers import Codes, Layer, layers, watched
 from efficient_nets.ops import forms, packing, quantizers
 from efficient_nets.ops.quantizers import Arrays, Quantizer
+from efficient_nets.ops.winograd import WinogradMap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,8 @@ class LayerCost:
       neuron, norm, kernel, algorithm, precision: Members of the axes, see `layers.LayerSpec`.
       bits: Bits of a weight: those of its codes where it is rounded, those of the parameters' type
         where not, or where a schedule stops it in the end.
-      input_bits: The same of what it is multiplied with.
+      input_bits: The same of what it is multiplied with. Under Winograd's algorithm both are those
+        of the transformed values, where these are rounded.
       output_bits, gradient_bits: Of the neuron's value, and of what the linear maps get back in
         training; 0 where these are not rounded.
       params: Its own parameters: kernels, biases, branch norms, and what its quantizers learn.
@@ -40,7 +42,8 @@ class LayerCost:
       packed_bytes: What they take in the file of `deploy.save`: each kernel as codes of `bits` bits
         with their table of values and scales, and all else that the net computes with.
       macs: Multiply-accumulates of the linear maps and multiplications of squares, forms and the
-        neuron's products, over all calls.
+        neuron's products, over all calls. Under Winograd's algorithm those over the channels, a^2 a
+        tile; the transforms are additions and are not counted.
       bops: Bit operations, over all calls: the product of both operands' bits for each of the MACs.
         A square has twice the input's bits; branches are multiplied with each other in float.
     """
@@ -123,13 +126,22 @@ def _layer_cost(path: str, layer: Layer, input_shape, output_shape) -> LayerCost
         for site, quantizer in spec.precision.quantizers.items()
         if not quantizer.stop_epoch
     }
-    bits, input_bits = (rounded.get(site, of_float) for site in ("kernel", "input"))
+    sites, linear_map = ("kernel", "input"), layer.linear_map
+    transformed = isinstance(linear_map, WinogradMap)
+    if transformed:
+        sites = ("transformed_kernel", "transformed_input")
+    bits, input_bits = (rounded.get(site, of_float) for site in sites)
     square_bits = min(2 * input_bits, of_float)
     # Multiplications, each with the bits of both operands. Each position of the output takes every
     # weight once: a kernel's shape already ends in the output's channels, and its input channels
     # are those of one group.
+    each = linear_map.multiplications(output_shape[:-1]) if transformed else 0
     products = [
-        (positions * math.prod(shape), bits, input_bits if reads == "x" else square_bits)
+        (
+            each * math.prod(shape[-2:]) or positions * math.prod(shape),
+            bits,
+            input_bits if reads == "x" else square_bits,
+        )
         for shape, reads in zip(kernels, map(spec.parts.read_by, spec.branches), strict=True)
     ]
     products.append((spec.parts.products * math.prod(output_shape), of_float, of_float))
@@ -147,7 +159,7 @@ def _layer_cost(path: str, layer: Layer, input_shape, output_shape) -> LayerCost
         neuron=spec.neuron,
         norm=spec.norm,
         kernel=spec.kernel,
-        algorithm=spec.algorithm,
+        algorithm=str(spec.algorithm),
         precision=str(spec.precision),
         bits=bits,
         input_bits=input_bits,

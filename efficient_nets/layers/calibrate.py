@@ -9,7 +9,7 @@ from flax import nnx
 
 from efficient_nets.layers import linear, observe, rules
 from efficient_nets.layers.collect import add, wanted
-from efficient_nets.ops import quantizers
+from efficient_nets.ops import branch_maps, quantizers
 from efficient_nets.ops.precision import FLOAT
 
 
@@ -42,6 +42,12 @@ def calibrate(model: nnx.Module, *inputs, how: str = "own") -> nnx.Module:
         if precision.output is not None:
             y = linear.without_norm(x, layer)
             found[path]["output"] = quantizers.calibrate(precision.output, y, how)
+        if precision.inner:
+            for (site, name), values in layer.inner_values(x).items():
+                quantizer = precision.quantizers.get(site)
+                if quantizer is not None:
+                    name = branch_maps.inner_name(site, name)
+                    found[path][name] = quantizers.calibrate(quantizer, values, how)
 
     plain = observe.watched(model, observer)
     for _, layer in rules.layers(plain):

@@ -14,8 +14,8 @@ from efficient_nets.layers import norm as norms
 from efficient_nets.layers import precision as precisions
 from efficient_nets.layers.collect import add, wanted
 from efficient_nets.layers.geometry import Geometry, Initializer, padding_of, per_axis
-from efficient_nets.layers.spec import ALGORITHMS, LayerSpec
-from efficient_nets.ops import linear_maps, quadratic, quantizers
+from efficient_nets.layers.spec import LayerSpec
+from efficient_nets.ops import branch_maps, linear_maps, quadratic, quantizers, winograd
 
 lecun_normal = nnx.initializers.lecun_normal()
 kaiming_normal = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
@@ -30,6 +30,7 @@ class Layer(nnx.Module):
       One `Branch` a branch of the neuron, under its name: `w` for linear, `a`, `b`, `c` for `ours`.
       bias: Of the combined value `(features,)`, in neurons that have it there, else None.
       ranges: Arrays of the quantizers, by site and branch, else None; see `layers.precision`.
+      transforms: The learned matrices of Winograd's algorithm, such as `BT3` of 3 taps, else None.
       watch, prepare: Static; what each call is shown to, behind and in front of it, see
         `observe.watched`.
       removed: Static; the layer has become the identity and has no parameters.
@@ -46,12 +47,24 @@ class Layer(nnx.Module):
         for name, branch in made.branches.items():
             setattr(self, name, branch)
         self.bias = nnx.data(made.bias)  # or a None now could not become a parameter later
+        self._make_transforms()
         self._make_ranges(rngs)
+
+    def _make_transforms(self) -> None:
+        found, made = self.linear_map, None  # which says what the geometry does not allow
+        if isinstance(found, winograd.WinogradMap) and found.form.learned:
+            dtype = self.geometry.param_dtype
+            exact = found.constants().items()
+            made = nnx.Dict({name: nnx.Param(jnp.asarray(m, dtype)) for name, m in exact})
+        self.transforms = nnx.data(made)
 
     def _make_ranges(self, rngs: nnx.Rngs) -> None:
         branches = {name: getattr(self, name) for name in self.spec.branches}
         made = precisions.make(self.geometry, self.spec.precision, branches, rngs)
-        self.ranges = nnx.data(made)
+        if self.spec.precision.inner:
+            x = precisions.typical_images(self.geometry, self.spec.precision.input)
+            made |= precisions.inner(self.inner_values(x), self.spec.precision, rngs)
+        self.ranges = nnx.data(nnx.Dict(made) if made else None)
 
     def respecify(self, spec: LayerSpec, rngs: nnx.Rngs) -> None:
         """Gives this layer another spec; its parameters stay where they can.
@@ -63,7 +76,9 @@ class Layer(nnx.Module):
         """
         before, self.spec = self.spec, spec
         if spec.storage == before.storage and spec.start == "own":
-            if spec.precision != before.precision:
+            if spec.algorithm != before.algorithm:
+                self._make_transforms()
+            if (spec.precision, spec.algorithm) != (before.precision, before.algorithm):
                 self._make_ranges(rngs)
             return
         linear = None
@@ -90,16 +105,53 @@ class Layer(nnx.Module):
             return  # it is one, perhaps a trained one
         for name in self.spec.branches:
             delattr(self, name)
-        self.bias, self.ranges = nnx.data(None), nnx.data(None)
+        self.bias = self.ranges = self.transforms = nnx.data(None)
         self.spec, self.removed = LayerSpec(), adapter is None
         if adapter is not None:
             self.geometry = adapter
             self._make_branches(rngs)
 
     @property
-    def linear_map(self) -> linear_maps.DenseMap | linear_maps.ConvMap:
-        """The static map that this layer applies, by `spec.algorithm`."""
-        return ALGORITHMS[self.spec.algorithm](self.geometry)
+    def linear_map(self) -> linear_maps.DenseMap | linear_maps.ConvMap | winograd.WinogradMap:
+        """The static map that this layer applies, by `spec.algorithm`.
+
+        Raises:
+          UserError: if Winograd's algorithm cannot compute it.
+        """
+        direct = self.geometry.direct_map
+        if self.spec.algorithm == winograd.DIRECT:
+            return direct
+        if not self.geometry.kernel_size:
+            raise UserError(
+                f"algorithm='{self.spec.algorithm}': a dense layer has no window; give 'direct'"
+            )
+        return winograd.WinogradMap(direct, self.spec.algorithm)
+
+    def inner_values(self, x: Array) -> dict[tuple[str, str], Array]:
+        """What comes to each site inside of the map's transforms, nothing being rounded.
+
+        By the site and the name of what is there, see `ops.winograd.apply`; x as the layer reads
+        it.
+        """
+        found = {}
+
+        def visit(site, name, values):
+            found[site, name] = values
+
+        ranges = self._learned_transforms()
+        for kind, positions in self.spec.parts.kinds.items():
+            branches = tuple(self.spec.branches[i] for i in positions)
+            kernels = [getattr(self, name).kernel[...] for name in branches]
+            branch_maps.transformed_map(
+                self.linear_map, (kind, branches), x, kernels, ranges, visit
+            )
+        return found
+
+    def _learned_transforms(self) -> branch_maps.Ranges:
+        if self.transforms is None:
+            return {}
+        learned = {name: matrix[...] for name, matrix in self.transforms.items()}
+        return {branch_maps.LEARNED: quantizers.Arrays(learned, {})}
 
     def check_input(self, x: Array) -> None:
         """Raises a UserError unless x is `(..., in_features)`, floating, of the right rank."""
@@ -148,7 +200,7 @@ class Layer(nnx.Module):
             kernels=tuple(branch.kernel[...] for branch in branches),
             biases=biases,
             branch_norms=branch_norms,
-            ranges=precisions.arrays(self.ranges, self.spec.branches),
+            ranges=precisions.arrays(self.ranges, self.spec.branches) | self._learned_transforms(),
         )
 
     def __call__(self, x: Array) -> Array:

@@ -1,6 +1,6 @@
 """The arrays of a layer's quantizers: what is learned, what is observed, and how both start."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jax import Array
 
 from efficient_nets.layers.geometry import Geometry
 from efficient_nets.layers.neuron import Branch
-from efficient_nets.ops import quantizers
+from efficient_nets.ops import branch_maps, quantizers
 from efficient_nets.ops.branch_maps import Ranges
 from efficient_nets.ops.precision import Precision
 from efficient_nets.ops.quantizers import Arrays, Quantizer
@@ -62,14 +62,16 @@ class Range(nnx.Module):
 
 def make(
     geometry: Geometry, precision: Precision, branches: dict[str, Branch], rngs: nnx.Rngs
-) -> nnx.Dict | None:
-    """A `Range` for each site, a kernel's under its branch's name; None where nothing is rounded.
+) -> dict[str, Range]:
+    """A `Range` for each site around the map, a kernel's under its branch's name.
 
     A kernel's begins as its values say; that of an input or output, which are not known, as for a
     normal distribution, cut off at 0 where the quantizer is unsigned: see `calibration`.
     """
     made = {}
     for site, quantizer in precision.quantizers.items():
+        if site in precision.inner:
+            continue
         if site != "kernel":
             channels = geometry.in_features if site == "input" else geometry.features
             made[site] = Range(quantizer, _typical(quantizer, channels), rngs)
@@ -79,7 +81,25 @@ def make(
             fresh = geometry.kernel_init(rngs.params(), kernel.shape, kernel.dtype)
             like = jnp.where(jnp.any(kernel != 0), kernel, fresh)  # ReLinear starts some at 0
             made[name] = Range(quantizer, like, rngs)
-    return nnx.Dict(made) if made else None
+    return made
+
+
+def inner(
+    values: Mapping[tuple[str, str], Array], precision: Precision, rngs: nnx.Rngs
+) -> dict[str, Range]:
+    """A `Range` for each site inside of a map, for values such as `Layer.inner_values` gives."""
+    return {
+        branch_maps.inner_name(site, name): Range(precision.quantizers[site], value, rngs)
+        for (site, name), value in values.items()
+        if site in precision.inner
+    }
+
+
+def typical_images(geometry: Geometry, quantizer: Quantizer | None) -> Array:
+    """`(4, 16, ..., in_features)` of a normal distribution, cut off at 0 as a quantizer says."""
+    shape = (4, *(max(16, 2 * size) for size in geometry.kernel_size), geometry.in_features)
+    values = jax.random.normal(jax.random.key(0), shape, geometry.param_dtype)
+    return values if quantizer is None or quantizer.signed else jnp.maximum(values, 0)
 
 
 def _typical(quantizer: Quantizer, channels: int) -> Array:
@@ -104,7 +124,7 @@ def update(ranges: nnx.Dict, branches: Sequence[str], moved: Ranges) -> None:
     """Undoes `arrays`, for what a training step observed."""
     of_kernels = dict(zip(branches, moved.get("kernel", ()), strict=False))
     for name, found in (moved | of_kernels).items():
-        if name != "kernel":
+        if name not in ("kernel", branch_maps.LEARNED):
             ranges[name].update(found)
 
 

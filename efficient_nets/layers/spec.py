@@ -11,8 +11,9 @@ from collections.abc import Mapping
 
 from efficient_nets import names
 from efficient_nets.errors import UserError
-from efficient_nets.ops import neurons, precision
+from efficient_nets.ops import neurons, precision, winograd
 from efficient_nets.ops.precision import Precision
+from efficient_nets.ops.winograd import Winograd
 
 NORMS = {"none": "no norm before the product", "branch": "a batch norm on each branch"}
 BACKWARDS = {
@@ -28,14 +29,11 @@ STARTS = {
     "terms are exactly 0 (ReLinear)",
 }
 KERNELS = {"dense": "one array a branch"}
-# From the geometry to the map that computes: a lax convolution or a matrix product.
-ALGORITHMS = {"direct": lambda geometry: geometry.direct_map}
 
 AXES = {
     "norm": NORMS,
     "backward": BACKWARDS,
     "kernel": KERNELS,
-    "algorithm": ALGORITHMS,
     "start": STARTS,
 }
 
@@ -51,21 +49,23 @@ class LayerSpec:
       backward: 'hybrid' or 'autodiff'. A linear neuron without branch norm has nothing to save, so
         it is differentiated by JAX under either name.
       kernel: How weights are stored.
-      algorithm: How the linear map is computed.
+      algorithm: How the linear map is computed: 'direct', a short form such as 'winograd:4,flex',
+        or a mapping with the fields of `ops.winograd.Winograd`, which both become.
       precision: What is rounded, and where: a short form such as 'lsq:w4a4', a mapping of sites, or
         a `Precision`, which it becomes; see `ops.precision`.
       start: How parameters start, a name in `STARTS`. 'variance' is for layers without branch norm,
         whose second moments are those of `ops.neurons`.
 
     Raises:
-      UserError: on an unknown member, naming axis, value and what is allowed.
+      UserError: on an unknown member, naming axis, value and what is allowed, and on members that
+        do not go together.
     """
 
     neuron: str = "linear"
     norm: str = "none"
     backward: str = "hybrid"
     kernel: str = "dense"
-    algorithm: str = "direct"
+    algorithm: Winograd | str | Mapping = winograd.DIRECT
     precision: Precision | str | Mapping = precision.FLOAT
     start: str = "own"
 
@@ -73,6 +73,8 @@ class LayerSpec:
         for axis, table in AXES.items():
             names.pick(axis, getattr(self, axis), table)
         object.__setattr__(self, "precision", precision.parse(self.precision))
+        object.__setattr__(self, "algorithm", winograd.parse(self.algorithm))
+        self._check_algorithm()
         parts = self.parts
         if self.start == "relinear" and not parts.relinear:
             able = [name for name, other in neurons.NEURONS.items() if other.relinear]
@@ -87,6 +89,19 @@ class LayerSpec:
                 raise UserError(
                     f"start={self.start!r} with norm={self.norm!r}: the norm undoes every scale"
                 )
+
+    def _check_algorithm(self) -> None:
+        if self.algorithm == winograd.DIRECT:
+            for site in self.precision.inner:
+                raise UserError(
+                    f"precision.{site}: algorithm='direct' has no transforms; give one such as "
+                    "'winograd:4'"
+                )
+        elif "form" in self.parts.reads:
+            raise UserError(
+                f"algorithm='{self.algorithm}' with neuron={self.neuron!r}: its branches are forms "
+                "of a window, not linear maps; give a rank, as in 't1:4', or algorithm='direct'"
+            )
 
     @property
     def parts(self) -> neurons.Neuron:

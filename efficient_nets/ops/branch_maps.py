@@ -8,6 +8,8 @@ a uniform grid, the map is of the codes, and their scales multiply its result:
 Sums of whole numbers below 2^24 are exact in float32, whatever the order, and bfloat16 holds the
 codes of 8 bits: this is what integer arithmetic gives, bit for bit. The gradient is that of
 `map(scale_x * codes_x, scale_w * codes_w)`.
+
+A map with transforms (`ops.winograd`) has the same inside of them, and sites of its own.
 """
 
 import functools
@@ -23,9 +25,12 @@ from efficient_nets.ops.precision import Precision
 from efficient_nets.ops.quantizers import Arrays, Quantizer
 from efficient_nets.ops.quantizers.spec import Rounded
 from efficient_nets.ops.straight_through import straight_through
+from efficient_nets.ops.winograd import WinogradMap, apply
 
-# Arrays of the quantizers: of 'kernel' a tuple, one a branch.
+# What a map computes with beside kernels, by name: the arrays of each site's quantizer, of 'kernel'
+# a tuple, one a branch; of a site inside of transforms under `inner_name`; `LEARNED` transforms.
 Ranges = Mapping[str, Arrays | tuple[Arrays, ...]]
+LEARNED = "learned_transforms"
 
 # What a branch may read, `(map, x, kernels) -> (..., B*C)`.
 READS = {
@@ -56,27 +61,23 @@ def observe(precision: Precision, x: Array, kernels: Sequence[Array], ranges: Ra
     return moved
 
 
-def learned_of(ranges: Ranges) -> dict:
-    """The learned arrays alone, in the structure of the ranges."""
-    return jax.tree.map(lambda arrays: arrays.learned, ranges, is_leaf=_is_arrays)
+def inner_name(site: str, name: str) -> str:
+    """Of a site inside of transforms, for the values that `ops.winograd.apply` calls so."""
+    return f"{site}_{name}"
 
 
-def with_learned(ranges: Ranges, learned: dict) -> Ranges:
+def learned_of(ranges: Ranges) -> Ranges:
+    """The ranges without what is observed: what has a gradient."""
+    return jax.tree.map(lambda found: Arrays(found.learned, None), ranges, is_leaf=_is_arrays)
+
+
+def with_learned(ranges: Ranges, learned: Ranges) -> Ranges:
     return jax.tree.map(
-        lambda arrays, learned: arrays._replace(learned=learned),
+        lambda found, learned: found._replace(learned=learned.learned),
         ranges,
         learned,
         is_leaf=_is_arrays,
     )
-
-
-def cotangent_of(learned: dict) -> dict:
-    """Of ranges, from that of the learned arrays: what is observed has none."""
-
-    def one(found):
-        return tuple(map(one, found)) if isinstance(found, tuple) else Arrays(found, None)
-
-    return {site: one(found) for site, found in learned.items()}
 
 
 def _is_arrays(node) -> bool:
@@ -85,13 +86,18 @@ def _is_arrays(node) -> bool:
 
 def branch_maps(
     precision: Precision,
-    linear_map: linear_maps.DenseMap | linear_maps.ConvMap,
+    linear_map: linear_maps.DenseMap | linear_maps.ConvMap | WinogradMap,
     kinds: Mapping[str, Sequence[int]],
     x: Array,
     kernels: Sequence[Array],
     ranges: Ranges,
-) -> dict[str, Array]:
-    """One fused value `(..., B*C)` for each kind of read, in x's type.
+    *,
+    branches: Sequence[str] = (),
+    observes: bool = False,
+) -> tuple[dict[str, Array], Ranges]:
+    """One fused value `(..., B*C)` for each kind of read, in x's type; and the ranges.
+
+    Of these the ones of sites inside of transforms are moved by the call, if it observes.
 
     Args:
       precision: What is rounded; the site 'output' is not looked at.
@@ -99,7 +105,10 @@ def branch_maps(
       kinds: From a key of `READS` to the positions of the branches that read so.
       x, kernels: As `linear_map` takes them.
       ranges: Of the quantizers that precision has.
+      branches: Their names, which a map with transforms asks for.
+      observes: Whether it is one of training.
     """
+    ranges = dict(ranges)
     x_rounded, padless = _rounded_input(precision.input, linear_map, x, ranges.get("input"))
     of_kernels = ranges.get("kernel", (None,) * len(kernels))
     rounded = [_rounded(precision.kernel, *pair) for pair in zip(kernels, of_kernels, strict=True)]
@@ -107,21 +116,68 @@ def branch_maps(
     for kind, positions in kinds.items():
         parts = [rounded[i] for i in positions]
         own = [kernels[i] for i in positions]
-        exact = None
-        if kind == "x" and _has_codes(x_rounded, parts) and _whole(precision, own):
-            exact = lax.stop_gradient(_of_codes(precision, padless, x, x_rounded, own, parts))
-        if exact is not None and not _trainable(own):
-            z[kind] = exact
+        if isinstance(linear_map, WinogradMap):
+            names = tuple(branches[i] for i in positions)
+            values = tuple(_value(part, kernel, x) for part, kernel in zip(parts, own, strict=True))
+            inside = {name: ranges[name] for name in _inside(precision, ranges)}
+            z[kind], moved = _transformed(
+                padless, precision, (kind, names), observes, _value(x_rounded, x, x), values, inside
+            )
+            ranges |= moved
         else:
-            values = [_value(part, kernel, x) for part, kernel in zip(parts, own, strict=True)]
-            z[kind] = READS[kind](padless, _value(x_rounded, x, x), values)
-            z[kind] = z[kind] if exact is None else straight_through(exact, z[kind])
+            z[kind] = _direct(precision, padless, kind, x, x_rounded, own, parts)
         z[kind] = _scaled_output(
             precision, linear_map, x, ranges, [of_kernels[i] for i in positions], z[kind]
         )
         if precision.gradient is not None:
             z[kind] = quantizers.quantize(precision.gradient, z[kind], ranges["gradient"])
-    return z
+    return z, ranges
+
+
+def _direct(precision, linear_map, kind: str, x, x_rounded, own, parts) -> Array:
+    """The map as `lax` computes it: of codes where they allow that, else of values."""
+    exact = None
+    if kind == "x" and _has_codes(x_rounded, parts) and _whole(precision, own):
+        exact = lax.stop_gradient(_of_codes(precision, linear_map, x, x_rounded, own, parts))
+        if not _trainable(own):
+            return exact
+    values = [_value(part, kernel, x) for part, kernel in zip(parts, own, strict=True)]
+    z = READS[kind](linear_map, _value(x_rounded, x, x), values)
+    return z if exact is None else straight_through(exact, z)
+
+
+def _inside(precision: Precision, ranges: Ranges) -> list[str]:
+    """The names of what a map with transforms takes of the ranges."""
+    sites = tuple(inner_name(site, "") for site in precision.inner)
+    return [name for name in ranges if name == LEARNED or name.startswith(sites)]
+
+
+# The transforms are computed again in the backward pass: transformed tiles are (a/m)^2 as large as
+# what they are made of.
+@functools.partial(jax.checkpoint, static_argnums=(0, 1, 2, 3))
+def _transformed(
+    linear_map: WinogradMap, precision: Precision, names, observes: bool, x, kernels, ranges
+):
+    """Its value, and the ranges that it moved."""
+    moved = {}
+
+    def visit(site: str, name: str, values: Array) -> Rounded | None:
+        quantizer, key = getattr(precision, site), inner_name(site, name)
+        if quantizer is None:
+            return None
+        arrays = ranges[key]
+        if observes:
+            arrays = moved[key] = quantizers.observe(quantizer, values, arrays)
+        return quantizers.rounded(quantizer, values, arrays)
+
+    return transformed_map(linear_map, names, x, kernels, ranges, visit), moved
+
+
+def transformed_map(linear_map: WinogradMap, names, x, kernels, ranges: Ranges, visit) -> Array:
+    """`ops.winograd.apply` of what a kind of branches reads: `names` are the kind and theirs."""
+    matrices = linear_map.constants() if LEARNED not in ranges else ranges[LEARNED].learned
+    x = x * x if names[0] == "square" else x
+    return apply(linear_map, x, kernels, matrices, visit, names)
 
 
 def _rounded(quantizer, x: Array, arrays: Arrays | None) -> Rounded | None:

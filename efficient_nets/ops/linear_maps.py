@@ -107,7 +107,7 @@ class ConvMap:
 
     def padded(self, x: Array) -> "tuple[Array, ConvMap]":
         """x with its padding of zeros, and the map of that, which pads no more."""
-        x = jnp.pad(x, ((0, 0), *self._pads(x), (0, 0)))
+        x = jnp.pad(x, ((0, 0), *self.pads(x), (0, 0)))
         return x, dataclasses.replace(self, padding="VALID")
 
     def window_mean(self, x: Array) -> Array:
@@ -122,7 +122,7 @@ class ConvMap:
         The n = prod(kernel_size) * in / groups are in the order of a kernel's rows.
         """
         extents = self._extents
-        x = jnp.pad(x, ((0, 0), *self._pads(x), (0, 0)))
+        x = jnp.pad(x, ((0, 0), *self.pads(x), (0, 0)))
         x = x.reshape(*x.shape[:-1], self.groups, x.shape[-1] // self.groups)
         slices = []
         for position in np.ndindex(*self.kernel_size):
@@ -139,7 +139,8 @@ class ConvMap:
     def _extents(self) -> list[int]:
         return [(k - 1) * d + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True)]
 
-    def _pads(self, x: Array) -> Sequence[tuple[int, int]]:
+    def pads(self, x: Array) -> Sequence[tuple[int, int]]:
+        """The zeros in front of and behind each spatial axis of this x."""
         if not isinstance(self.padding, str):
             return self.padding
         return lax.padtype_to_pads(x.shape[1:-1], self._extents, self.strides, self.padding)

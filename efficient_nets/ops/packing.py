@@ -19,7 +19,7 @@ def table_shape(quantizer: Quantizer, shape: Sequence[int], dtype: jnp.dtype) ->
     else the groups of the quantizer's `per`, along its `axis`.
     """
     shared = jnp.issubdtype(dtype, jnp.integer) and not quantizer.zero_point
-    number = 1 if shared else groups.count(quantizer, shape[groups.channel_axis(quantizer)])
+    number = 1 if shared else groups.count(quantizer, shape)
     return number, quantizer.levels
 
 

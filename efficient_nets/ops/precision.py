@@ -1,15 +1,18 @@
 """The precision axis: what is rounded around a linear map, by which quantizer.
 
 Short forms, in which a number is bits, or levels with an L behind it; an s behind that is signed,
-as inputs are not unless they say so:
+as inputs are not unless they say so. Sites inside of a map with transforms are signed:
 
     'float'                           nothing is rounded
     'lsq:w4a4', 'lsq:w3La8'           one method; w: kernel, a: input, o: output, g: gradient
+    'lsq:w8a8i8'                      the same inside of transforms; i: v (transformed input),
+                                      u (transformed kernel) and h (their products' sums);
+                                      t: the transforms, b: between their steps
     'lsq:w4a4s'                       the same for inputs on both sides of 0
     'xnor', 'twn'                     one method at each site that needs no number
     'w=lq:2,a=pact:2'                 a method for each site
 
-The long form is a mapping from 'kernel', 'input', 'output', 'gradient' to the fields of a
+The long form is a mapping from the names of the sites, see `Precision`, to the fields of a
 `quantizers.Quantizer`, such as `dict(kernel=dict(method='lsq', bits=4, per='channel'))`.
 """
 
@@ -22,9 +25,22 @@ from efficient_nets import names
 from efficient_nets.errors import UserError
 from efficient_nets.ops import quantizers
 from efficient_nets.ops.quantizers import Quantizer
+from efficient_nets.ops.quantizers.spec import INNER
 
 NUMBER = r"\d+L?s?"
-LETTERS = {"w": "kernel", "a": "input", "o": "output", "g": "gradient"}
+LETTERS = {
+    "w": "kernel",
+    "a": "input",
+    "o": "output",
+    "g": "gradient",
+    "v": "transformed_input",
+    "u": "transformed_kernel",
+    "h": "hadamard",
+    "t": "transforms",
+    "b": "between",
+}
+INNER_LETTER = "i"  # for these together
+TOGETHER = "vuh"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +52,21 @@ class Precision:
       input: What the layer reads.
       output: The neuron's value with its biases, before an outer norm.
       gradient: What the linear maps get back.
+      transforms: The matrices of a map with transforms, each with a range of its own.
+      transformed_input, transformed_kernel: What is multiplied there.
+      hadamard: The sums of these products over the channels.
+      between: What one step of a transform hands to the next.
     """
 
     kernel: Quantizer | None = None
     input: Quantizer | None = None
     output: Quantizer | None = None
     gradient: Quantizer | None = None
+    transforms: Quantizer | None = None
+    transformed_input: Quantizer | None = None
+    transformed_kernel: Quantizer | None = None
+    hadamard: Quantizer | None = None
+    between: Quantizer | None = None
 
     def __str__(self) -> str:
         """A short form, which ends in '...' where it does not say all."""
@@ -51,6 +76,11 @@ class Precision:
             return "float"
         shown = {letter: _number_text(quantizer) for letter, quantizer in sites.items()}
         found = {quantizer.method for quantizer in sites.values()}
+        alike = {(sites[x].method, shown[x]) for x in TOGETHER if x in sites}
+        if len(alike) == 1 and sites.keys() >= set(TOGETHER):
+            sites[INNER_LETTER], shown[INNER_LETTER] = sites["v"], shown["v"]
+            for letter in TOGETHER:
+                del sites[letter], shown[letter]
         if len(found) == 1:
             text = found.pop() + ":" + "".join(map("".join, shown.items()))
         else:
@@ -64,6 +94,11 @@ class Precision:
         """Those that there are, by site."""
         sites = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {site: quantizer for site, quantizer in sites.items() if quantizer is not None}
+
+    @property
+    def inner(self) -> tuple[str, ...]:
+        """The sites inside of a map with transforms that are rounded."""
+        return tuple(site for site in self.quantizers if site in INNER)
 
 
 FLOAT = Precision()
@@ -99,10 +134,7 @@ def parse(value: Any) -> Precision:
 
 def _short_form(text: str) -> dict[str, dict]:
     if "=" in text:
-        found = [_site(text, part) for part in text.split(",")]
-        if len(dict(found)) < len(found):
-            raise UserError(f"precision={text!r}: a site is given twice")
-        return dict(found)
+        return _by_site(text, [_site(text, part) for part in text.split(",")])
     method, colon, sites = text.partition(":")
     table = names.pick("precision", method, {"float": {}} | quantizers.METHODS)
     if not colon:
@@ -111,25 +143,37 @@ def _short_form(text: str) -> dict[str, dict]:
             raise UserError(f"precision={text!r}: give bits, as in '{method}:w4a4'")
         return {site: {"method": method} for site in able if site != "output"}
     found = re.findall(rf"([a-z])({NUMBER})", sites)
-    if not found or "".join(map("".join, found)) != sites or not set(dict(found)) <= set(LETTERS):
+    letters = {*LETTERS, INNER_LETTER}
+    if not found or "".join(map("".join, found)) != sites or not set(dict(found)) <= letters:
         raise UserError(
-            f"precision={text!r}: after the colon give letters of w, a, o, g, each with bits, or "
-            "with levels and an L, and an s for signed, as in 'w4a4', 'w3La8' or 'w4a4s'"
+            f"precision={text!r}: after the colon give letters of {', '.join(LETTERS)}, "
+            f"{INNER_LETTER}, each with bits, or with levels and an L, and an s for signed, as in "
+            "'w4a4', 'w3La8' or 'w4a4s'"
         )
-    if len(dict(found)) < len(found):
+    return _by_site(text, [(letter, {"method": method} | _number(n)) for letter, n in found])
+
+
+def _by_site(text: str, found: list[tuple[str, dict]]) -> dict[str, dict]:
+    """Fields by letters as fields by sites."""
+    spread = [
+        (LETTERS[one], fields)
+        for letter, fields in found
+        for one in (TOGETHER if letter == INNER_LETTER else letter)
+    ]
+    if len(dict(spread)) < len(spread):
         raise UserError(f"precision={text!r}: a site is given twice")
-    return {LETTERS[letter]: {"method": method} | _number(n) for letter, n in found}
+    return dict(spread)
 
 
 def _site(text: str, part: str) -> tuple[str, dict]:
     letter, _, rest = part.partition("=")
     method, _, number = rest.partition(":")
-    if letter not in LETTERS or (number and not re.fullmatch(NUMBER, number)):
+    if letter not in {*LETTERS, INNER_LETTER} or (number and not re.fullmatch(NUMBER, number)):
         raise UserError(
             f"precision={text!r}: {part!r} is not understood; a site is as in 'w=lq:2' or "
-            "'a=twn:3L', with w, a, o or g"
+            f"'a=twn:3L', with {', '.join(LETTERS)} or {INNER_LETTER}"
         )
-    return LETTERS[letter], {"method": method} | (_number(number) if number else {})
+    return letter, {"method": method} | (_number(number) if number else {})
 
 
 def _number(text: str) -> dict[str, int | bool]:
@@ -141,5 +185,5 @@ def _number(text: str) -> dict[str, int | bool]:
 def _number_text(quantizer: Quantizer) -> str:
     levels, bits = quantizer.levels, quantizer.bits
     number = str(bits) if 2**bits == levels else f"{levels}L"
-    made = quantizers.method(quantizer)
-    return number + ("s" if quantizer.signed and not made.signed else "")
+    signed = quantizer.site in INNER or quantizers.method(quantizer).signed
+    return number + ("s" if quantizer.signed and not signed else "")

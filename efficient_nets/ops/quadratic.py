@@ -39,6 +39,7 @@ from efficient_nets.ops.batch_norm import Moments, Norm
 from efficient_nets.ops.branch_maps import Ranges
 from efficient_nets.ops.precision import FLOAT, Precision
 from efficient_nets.ops.quantizers import Arrays
+from efficient_nets.ops.winograd import WinogradMap
 
 
 class Statistics(NamedTuple):
@@ -62,7 +63,7 @@ class Unit:
     """
 
     neuron: str
-    linear_map: linear_maps.DenseMap | linear_maps.ConvMap
+    linear_map: linear_maps.DenseMap | linear_maps.ConvMap | WinogradMap
     activation: Callable[[Array], Array] | None = None
     branch_epsilon: float = 1e-5
     outer_epsilon: float = 1e-5
@@ -136,10 +137,12 @@ def _wide(x: Array) -> Array:
     return x.astype(linear_maps.wide(x.dtype))
 
 
-def _maps(static: Unit, x: Array, kernels, ranges) -> dict[str, Array]:
-    """The branches' linear maps, those that read the same thing fused into one."""
+def _maps(static: Unit, x: Array, kernels, ranges, observes: bool = False):
+    """The branches' linear maps, those that read the same thing fused into one; and the ranges."""
     return branch_maps.branch_maps(
-        static.precision, static.linear_map, static.parts.kinds, x, kernels, ranges
+        *(static.precision, static.linear_map, static.parts.kinds, x, kernels, ranges),
+        branches=static.parts.branches,
+        observes=observes,
     )
 
 
@@ -189,15 +192,16 @@ def _rounded_output(static: Unit, y: Array, arrays: Arrays) -> Array:
     )
 
 
-def _values(static: Unit, x, kernels, biases, branch_norms, ranges):
-    """What is combined, a value a branch, and the moments that their norms used."""
-    zs = _branches(static, _maps(static, x, kernels, ranges), biases)
+def _values(static: Unit, x, kernels, biases, branch_norms, ranges, observes=False):
+    """What is combined, a value a branch; the moments that their norms used; the ranges."""
+    z, ranges = _maps(static, x, kernels, ranges, observes)
+    zs = _branches(static, z, biases)
     used = None
     if branch_norms is not None:
         used = tuple(
             batch_norm.moments_used(z, norm) for z, norm in zip(zs, branch_norms, strict=True)
         )
-    return _normalise_all(static, zs, branch_norms, used), used
+    return _normalise_all(static, zs, branch_norms, used), used, ranges
 
 
 def branch_values(
@@ -226,7 +230,7 @@ def _product_peak(static: Unit, hs) -> Array | None:
 def _forward(static: Unit, x, kernels, biases, branch_norms, outer_norm, bias, ranges):
     if static.observes:
         ranges = branch_maps.observe(static.precision, x, kernels, ranges)
-    hs, inner = _values(static, x, kernels, biases, branch_norms, ranges)
+    hs, inner, ranges = _values(static, x, kernels, biases, branch_norms, ranges, static.observes)
     outer = None
     y = _combine(static, hs, bias)
     peak = _product_peak(static, hs) if static.peak else None
@@ -258,7 +262,7 @@ def _hybrid_backward(static: Unit, saved, cotangents):
     learned = branch_maps.learned_of(statistics.ranges)
 
     def maps(x, kernels, learned):
-        return _maps(static, x, kernels, branch_maps.with_learned(statistics.ranges, learned))
+        return _maps(static, x, kernels, branch_maps.with_learned(statistics.ranges, learned))[0]
 
     z, transpose = jax.vjp(maps, x, kernels, learned)
 
@@ -309,7 +313,8 @@ def _hybrid_backward(static: Unit, saved, cotangents):
         )
     d_output = {}
     if static.precision.output is not None:
-        g, d_output["output"] = output(z)[1](g)
+        g, d_learned_output = output(z)[1](g)
+        d_output["output"] = Arrays(d_learned_output, None)
     d_bias = _bias_gradient(g, bias, None if d_output else outer_norm)
     z, g = lax.optimization_barrier((z, g))
 
@@ -326,7 +331,7 @@ def _hybrid_backward(static: Unit, saved, cotangents):
     d_z = {kind: value.astype(z[kind].dtype) for kind, value in _fuse(static, d_zs).items()}
     d_z = lax.optimization_barrier(d_z)
     d_x, d_kernels, d_learned = transpose(d_z)
-    d_ranges = branch_maps.cotangent_of(d_learned | d_output)
+    d_ranges = d_learned | d_output
     d_biases = None
     if biases is not None:
         d_biases = tuple(map(_bias_gradient, d_zs, biases, branch_norms or (None,) * len(biases)))

@@ -252,7 +252,10 @@ def test_a_norm_of_another_size_is_named(features, mode):
         ({"norm": "brnch"}, "norm='brnch'.*did you mean 'branch'"),
         ({"backward": "hybird"}, "backward='hybird'.*did you mean 'hybrid'"),
         ({"kernel": "dens"}, "kernel='dens'.*dense"),
-        ({"algorithm": "winograd"}, "algorithm='winograd'.*direct"),
+        (
+            {"algorithm": "winograd"},
+            "algorithm='winograd': give a tile's outputs, as in 'winograd:4'",
+        ),
         ({"precision": 8}, "precision=8.*'float'"),
         ({"neuron": ["ours"]}, r"neuron=\['ours'\].*linear, ours"),
     ],

@@ -88,7 +88,7 @@ def make(site: str, options: Mapping[str, Any]) -> Quantizer:
 
 
 def method(quantizer: Quantizer) -> Method:
-    return STORED if quantizer.method == "stored" else METHODS[quantizer.method][quantizer.site]
+    return STORED if quantizer.method == "stored" else METHODS[quantizer.method][quantizer.role]
 
 
 def stored(quantizer: Quantizer, arrays: Arrays, rounded: Rounded) -> tuple[Quantizer, Arrays]:
@@ -111,7 +111,7 @@ def code_bounds(quantizer: Quantizer) -> tuple[int, int]:
     if quantizer.method == "stored":
         return quantizer.option("bounds")
     levels = max([quantizer.levels, *(levels for _, levels in quantizer.stages)])
-    if quantizer.zero_point or (quantizer.method, quantizer.site) == ("dorefa", "kernel"):
+    if quantizer.zero_point or (quantizer.method, quantizer.role) == ("dorefa", "kernel"):
         return 1 - levels, levels - 1
     return spec.code_range(levels, quantizer.signed)
 
@@ -122,7 +122,7 @@ def start(quantizer: Quantizer, x: Array) -> Arrays:
     found = method(quantizer).start
     learned, observed = ({}, {}) if found is None else found(quantizer, x)
     if quantizer.post_scale:
-        number = groups.count(quantizer, x.shape[groups.channel_axis(quantizer)])
+        number = groups.count(quantizer, x.shape)
         learned = learned | {"post_scale": jnp.ones(number, x.dtype)}
     if quantizer.scheduled:
         observed = observed | phase(quantizer, 0.0)

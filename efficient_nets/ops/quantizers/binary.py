@@ -35,7 +35,7 @@ def _xnor_kernel(q: Quantizer, x: Array, arrays: Values) -> Rounded:
     The paper's slope is 1 where |w| < 1; its 1/n stands for the gradient of the mean.
     """
     codes, scale = binary(lax.stop_gradient(x)), _mean_size(q, x)
-    share = groups.count(q, x.shape[groups.channel_axis(q)]) / x.size
+    share = groups.count(q, x.shape) / x.size
     return Rounded(pseudo(q, codes, x, -1, 1) * scale + share * x, codes, scale)
 
 

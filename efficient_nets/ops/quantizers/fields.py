@@ -9,6 +9,7 @@ from efficient_nets import names
 from efficient_nets.errors import UserError
 from efficient_nets.ops import straight_through as through
 from efficient_nets.ops.quantizers.spec import (
+    INNER,
     NORMALISATIONS,
     SITES,
     STEP_GRADIENTS,
@@ -28,15 +29,17 @@ def quantizer(
       UserError: naming the site, the field, the value and what is allowed: nothing is ignored.
     """
     here = f"precision.{site}"
-    names.pick("precision's site", site, dict.fromkeys(SITES))
+    names.pick("precision's site", site, dict.fromkeys((*SITES, *INNER)))
     fields = dict(fields)
     if "method" not in fields:
         raise UserError(f"{here} has no 'method': allowed {', '.join(sorted(methods))}")
     name = fields.pop("method")
     sites = names.pick(f"{here}.method", name, methods)
-    if site not in sites:
+    method = sites.get(INNER.get(site, site))
+    if method is None:
         raise UserError(f"{here}.method={name!r}: it is only for {', '.join(sites)}")
-    method = sites[site]
+    if site in INNER:
+        method = _inside(here, name, method)
     common = {field.name for field in dataclasses.fields(Quantizer)} - {"site", "method", "options"}
     allowed = _fields(site, method, bool(fields.get("post_scale")))
     for field in fields:
@@ -58,6 +61,14 @@ def quantizer(
     return made
 
 
+def _inside(here: str, name: str, method: Method) -> Method:
+    """The method between the transforms of a map, where values have either sign."""
+    if method.output_scale is not None or not (method.signed or method.both_signs):
+        why = "is for values from 0 on" if method.output_scale is None else "scales a map's output"
+        raise UserError(f"{here}.method={name!r}: it {why}, which is not for sites inside of a map")
+    return dataclasses.replace(method, signed=True)
+
+
 def _fields(site: str, method: Method, post_scale: bool) -> list[str]:
     """Fields of `Quantizer` that have an effect for this method at this site."""
     if site == "gradient":
@@ -67,7 +78,7 @@ def _fields(site: str, method: Method, post_scale: bool) -> list[str]:
     allowed += ["loss", "loss_norm"] if site in ("input", "kernel") else []
     allowed += {"kernel": ["normalise"], "input": ["normalise", "pad"]}.get(site, [])
     if method.grouped or post_scale:
-        allowed += ["per", "axis"] if site == "kernel" else ["per"]
+        allowed += ["per", "axis"] if INNER.get(site, site) == "kernel" else ["per"]
     return allowed if method.start is None else [*allowed, "freeze_epoch"]
 
 
@@ -173,7 +184,11 @@ def _check(here: str, made: Quantizer, method: Method) -> None:
         if not count.isdecimal() or not int(count):
             raise UserError(f"{here}.per={made.per!r}: give a number, as in '{kind}:4'")
     else:
-        names.pick(f"{here}.per", made.per, {"layer": 0, "channel": 0, "groups:n": 0, "size:n": 0})
+        able = ["layer", "channel", "groups:n", "size:n"]
+        able += ["tap", "tap:channel"] if made.site in INNER else []
+        names.pick(
+            f"{here}.per", made.per, dict.fromkeys(able if made.site != "transforms" else ["layer"])
+        )
     for field in ("loss", "float_epochs", "freeze_epoch", "stop_epoch"):
         value = getattr(made, field)
         if not _number(value) or not 0 <= value < math.inf:

@@ -1,68 +1,92 @@
-"""Values that share a range: per layer, per channel, per group of channels.
+"""Values that share a range: per layer, per channel, per group of channels, per tap.
 
 Grouped figures have the shape `(G,)`, G being 1 per layer.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 from jax import Array
 
 from efficient_nets.errors import UserError
-from efficient_nets.ops.quantizers.spec import Quantizer
+from efficient_nets.ops.quantizers.spec import INNER, Quantizer
 
 
 def channel_axis(quantizer: Quantizer) -> int:
     """The axis that 'channel' and 'groups' cut, counted from the end."""
-    return -2 if (quantizer.site, quantizer.axis) == ("kernel", "in") else -1
+    return -2 if (quantizer.role, quantizer.axis) == ("kernel", "in") else -1
 
 
-def count(quantizer: Quantizer, channels: int) -> int:
-    """G, for an axis of this many channels.
+def _cuts(quantizer: Quantizer, shape: Sequence[int]) -> dict[int, int]:
+    """The axes that are cut, from the first one on, and the number of groups of each.
 
     Raises:
-      UserError: if groups of that number or size do not divide them.
+      UserError: if groups of that number or size do not divide the channels.
     """
     kind, _, number = quantizer.per.partition(":")
     if kind == "layer":
-        return 1
+        return {}
+    if kind == "tap":
+        taps = {0: shape[0]}
+        return taps | _channels(quantizer, shape) if number else taps
+    axis = len(shape) + channel_axis(quantizer)
+    channels = shape[axis]
     if kind == "channel":
-        return channels
+        return _channels(quantizer, shape)
     if channels % int(number):
         raise UserError(
             f"precision.{quantizer.site}.per={quantizer.per!r}: it does not divide the {channels} "
             "channels"
         )
-    return int(number) if kind == "groups" else channels // int(number)
+    return {axis: int(number) if kind == "groups" else channels // int(number)}
 
 
-def reduce(
-    quantizer: Quantizer, x: Array, function: Callable, *, keep_batch: bool = False
-) -> Array:
+def _channels(quantizer: Quantizer, shape: Sequence[int]) -> dict[int, int]:
+    axis = len(shape) + channel_axis(quantizer)
+    return {axis: shape[axis]}
+
+
+def count(quantizer: Quantizer, shape: Sequence[int]) -> int:
+    """G, for values of this shape.
+
+    Raises:
+      UserError: if groups of that number or size do not divide the channels.
+    """
+    return math.prod(_cuts(quantizer, shape).values())
+
+
+def reduce(quantizer: Quantizer, x: Array, function: Callable) -> Array:
     """`function(x, axis=axes)`, such as `jnp.mean`, over each group: `(G,)`.
 
-    With `keep_batch` the first axis is not reduced: `(N, G)`.
+    What the function gives has the axes that are left behind any others.
     """
-    axis = x.ndim + channel_axis(quantizer)
-    groups = count(quantizer, x.shape[axis])
-    x = x.reshape(*x.shape[:axis], groups, -1, *x.shape[axis + 1 :])
-    kept = (0, axis) if keep_batch else (axis,)
-    return function(x, axis=tuple(i for i in range(x.ndim) if i not in kept))
+    cuts = _cuts(quantizer, x.shape) or {x.ndim + channel_axis(quantizer): 1}
+    shape, kept = [], []
+    for axis, size in enumerate(x.shape):
+        if axis in cuts:
+            kept.append(len(shape))
+            shape += [cuts[axis], size // cuts[axis]]
+        else:
+            shape.append(size)
+    found = function(x.reshape(shape), axis=tuple(i for i in range(len(shape)) if i not in kept))
+    return found.reshape(*found.shape[: found.ndim - len(cuts)], -1)
 
 
 def spread(quantizer: Quantizer, values: Array, x: Array) -> Array:
     """Figures of groups `(G,)`, with an axis for each of x's, so that they broadcast to x."""
-    axis = x.ndim + channel_axis(quantizer)
-    channels, groups = x.shape[axis], values.shape[0]
-    if 1 < groups < channels:
-        values = jnp.repeat(values, channels // groups)
-    shape = [1] * x.ndim
-    shape[axis] = values.shape[0]
-    return values.reshape(shape)
+    if values.shape[0] == 1:
+        return values.reshape((1,) * x.ndim)
+    cuts = _cuts(quantizer, x.shape)
+    for axis, groups in cuts.items():  # several axes: each group is of one index of each
+        if groups < x.shape[axis]:
+            values = jnp.repeat(values, x.shape[axis] // groups)
+    return values.reshape([x.shape[axis] if axis in cuts else 1 for axis in range(x.ndim)])
 
 
 def size(quantizer: Quantizer, x: Array) -> int:
     """Values of a group; of an input those of one sample, as a batch is no part of a layer."""
-    groups = count(quantizer, x.shape[channel_axis(quantizer)])
-    values = x.size if quantizer.site == "kernel" else x[:1].size
-    return max(values // groups, 1)
+    values = x.size if quantizer.role == "kernel" else x[:1].size
+    if quantizer.site in INNER:
+        values = x.size // x.shape[1] if x.ndim == 4 else x.size
+    return max(values // count(quantizer, x.shape), 1)

@@ -4,6 +4,7 @@ Each is `(quantizer, x) -> (lo, hi)`, `(G,)` each; `Method.fit` makes arrays of 
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -91,10 +92,11 @@ def entropy(q: Quantizer, x: Array) -> tuple[Array, Array]:
 def _histogram(place: Array, axis: tuple[int, ...], dtype) -> Array:
     """Counts of each bin over some axes: `(BINS, ...)`, the other axes kept."""
     kept = [i for i in range(place.ndim) if i not in axis]
-    rows = jnp.transpose(place, (*kept, *axis)).reshape(place.shape[kept[0]], -1)
+    shape = [place.shape[i] for i in kept]
+    rows = jnp.transpose(place, (*kept, *axis)).reshape(math.prod(shape), -1)
     # A place behind the last bin is in none.
     counts = jax.vmap(lambda row: jnp.zeros(BINS, dtype).at[row].add(1, mode="drop"))(rows)
-    return counts.T
+    return counts.T.reshape(BINS, *shape)
 
 
 def _divergence(counts: Array, begin: Array, end: Array, steps: int) -> Array:

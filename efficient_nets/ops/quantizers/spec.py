@@ -9,6 +9,15 @@ from jax import Array, lax
 from efficient_nets.ops import straight_through as through
 
 SITES = ("input", "kernel", "output", "gradient")
+# Sites inside of a linear map that has transforms, each with the site whose methods it can have.
+# Activations are `(taps, N, positions, C)` there, kernels `(taps, in, C)`.
+INNER = {
+    "transforms": "kernel",
+    "transformed_input": "input",
+    "transformed_kernel": "kernel",
+    "hadamard": "output",
+    "between": "output",
+}
 STEP_GRADIENTS = {
     "paper": lambda n, fan, high: (n * high) ** -0.5,  # LSQ, arXiv 1902.08153, section 2.2
     "none": lambda n, fan, high: 1.0,
@@ -120,13 +129,14 @@ class Quantizer:
     """A method at a site. Make one with `fields.quantizer`, which fills in the method's defaults.
 
     Attributes:
-      site: 'input', 'kernel', 'output' or 'gradient'.
+      site: One of `SITES` or `INNER`.
       method: A name in `METHODS`.
       levels: Number of values that it can give; 2^bits, or 3 for ternary.
       signed: Codes `-L/2 ... L/2 - 1`, for odd L `-(L-1)/2 ... (L-1)/2`, for L = 2 -1 and 1;
         else `0 ... L-1`.
       per: Which values share a range: 'layer', 'channel', 'groups:n' (n groups of channels) or
-        'size:n' (groups of n channels).
+        'size:n' (groups of n channels); inside of transforms also 'tap' (their first axis) or
+        'tap:channel'.
       axis: Of a kernel, whose channels 'per' means: 'out' or 'in'. Those of its input otherwise.
       gradient: Pseudo-gradient, a name in `straight_through.SIGN`.
       step_gradient: Factor of the gradient of a learned step, a name in `STEP_GRADIENTS`.
@@ -170,6 +180,11 @@ class Quantizer:
     stages: tuple[tuple[float, int], ...] = ()
     options: tuple[tuple[str, Any], ...] = ()
 
+    @property
+    def role(self) -> str:
+        """The one of `SITES` whose methods it has."""
+        return INNER.get(self.site, self.site)
+
     def option(self, name: str) -> Any:
         return dict(self.options)[name]
 
@@ -186,7 +201,7 @@ class Quantizer:
     @property
     def shifts(self) -> bool:
         """Whether its range is between any two numbers: it has an offset or a zero point."""
-        return self.zero_point or (self.method == "lsq+" and self.site != "kernel")
+        return self.zero_point or (self.method == "lsq+" and self.role != "kernel")
 
     @property
     def first_stage(self) -> int:

@@ -53,7 +53,7 @@ def _lsq(q: Quantizer, x: Array, arrays: Values) -> Rounded:
 
 
 def _scaled(q: Quantizer, x: Array, value: Array, high) -> Array:
-    fan = x.size // x.shape[-1] if q.site == "kernel" else x.shape[-1]
+    fan = x.size // x.shape[-1] if q.role == "kernel" else x.shape[-1]
     factor = STEP_GRADIENTS[q.step_gradient](groups.size(q, x), fan, high)
     return through.scale_gradient(value.astype(x.dtype), jnp.asarray(factor, x.dtype))
 
@@ -79,7 +79,7 @@ def _fit_lsq(q: Quantizer, lo: Array, hi: Array):
 
 
 def _fit_lsq_plus(q: Quantizer, lo: Array, hi: Array):
-    if q.site == "kernel":
+    if q.role == "kernel":
         return _fit_lsq(q, lo, hi)
     low, high = first_range(q)
     step = jnp.where(hi > lo, (hi - lo) / (high - low), 1.0)
@@ -92,7 +92,7 @@ def _start_lsq_plus(q: Quantizer, x: Array):
     Of ranges that are 10, 20 ... 100% of that of the values about its middle.
     """
     low, high = first_range(q)
-    if q.site == "kernel":
+    if q.role == "kernel":
         mean, std = groups.reduce(q, x, jnp.mean), groups.reduce(q, x, jnp.std)
         most = jnp.maximum(jnp.abs(mean - 3 * std), jnp.abs(mean + 3 * std))
         return {"step": jnp.where(most > 0, most, 1.0) / (high + 1)}, {}

@@ -1,0 +1,332 @@
+"""A convolution by Winograd's algorithm, in any number of dimensions, strides and groups.
+
+    z = A' [ sum_c (G g_c G') * (B' d_c B) ] A       (2-D: Lavin and Gray, equation 8)
+
+with one matrix product over the channels c for each of the a^2 taps of a transformed tile. No value
+exists for each tap and pair of channels.
+
+A kernel of stride s, or with more taps than a tile is to have, is one of stride 1 and fewer taps on
+more channels (DWM, arXiv 2002.00552): along an axis
+
+    y_i = sum_k w_k x_(s i + k) = sum_(j, p) sum_t w_(s (j r + t) + p) x^p_(i + j r + t)
+
+with the phases x^p_i = x_(s i + p) and pieces j of r taps. Their products are added up before the
+output transform.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from efficient_nets.errors import UserError
+from efficient_nets.ops import linear_maps
+from efficient_nets.ops.linear_maps import ConvMap, wide
+from efficient_nets.ops.quantizers.spec import Rounded, value
+from efficient_nets.ops.straight_through import straight_through
+from efficient_nets.ops.winograd.spec import Winograd
+from efficient_nets.ops.winograd.transforms import Transforms, as_floats
+
+# `(site, name, values) -> Rounded`, or None where nothing is rounded there. Names tell the values
+# of a site apart.
+Visit = Callable[[str, str, Array], Rounded | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """One spatial axis of a convolution: `phases` x `pieces` of `taps` taps, tiles of `tile`."""
+
+    tile: int
+    taps: int
+    pieces: int
+    phases: int
+
+    @property
+    def size(self) -> int:
+        """a, values of a tile."""
+        return self.tile + self.taps - 1
+
+    @property
+    def parts(self) -> int:
+        return self.pieces * self.phases
+
+    def tiles(self, outputs: int) -> int:
+        return -(-outputs // self.tile)
+
+
+def axis_of(form: Winograd, kernel: int, stride: int) -> Axis:
+    """How an axis with so many taps and this stride is cut."""
+    taps = -(-kernel // stride)
+    pieces = -(-taps // (form.taps or taps))
+    taps = -(-taps // pieces)
+    form.check_taps(taps)
+    return Axis(form.tile if taps > 1 else 1, taps, pieces, stride)
+
+
+@dataclasses.dataclass(frozen=True)
+class WinogradMap:
+    """Static: the convolution, and how it is computed. x and kernels as `direct` takes them.
+
+    Raises:
+      UserError: on a dilated convolution, or one of one tap.
+    """
+
+    direct: ConvMap
+    form: Winograd
+
+    def __post_init__(self):
+        if set(self.direct.dilation) != {1}:
+            raise UserError(
+                f"algorithm='{self.form}' with dilation={self.direct.dilation}: tiles have no "
+                "gaps; allowed for dilation 1, or algorithm='direct'"
+            )
+        if max(axis.taps for axis in self.axes) == 1:
+            raise UserError(
+                f"algorithm='{self.form}' with kernel_size={self.direct.kernel_size} and strides="
+                f"{self.direct.strides}: one tap saves nothing; give algorithm='direct'"
+            )
+
+    @property
+    def groups(self) -> int:
+        return self.direct.groups
+
+    @functools.cached_property
+    def axes(self) -> tuple[Axis, ...]:
+        pairs = zip(self.direct.kernel_size, self.direct.strides, strict=True)
+        return tuple(axis_of(self.form, *pair) for pair in pairs)
+
+    @property
+    def kinds(self) -> tuple[int, ...]:
+        """The different numbers of taps that have transforms."""
+        return tuple(sorted({axis.taps for axis in self.axes if axis.taps > 1}))
+
+    def constants(self) -> dict[str, Array]:
+        """The exact transforms by the names of the learned ones, such as 'BT3' of 3 taps."""
+        found = {}
+        for taps in self.kinds:
+            exact = as_floats(self.form.transforms(taps))
+            found |= {f"{name}{taps}": matrix for name, matrix in exact._asdict().items()}
+        return found
+
+    def padded(self, x: Array) -> "tuple[Array, WinogradMap]":
+        """x with its padding of zeros, and the map of that, which pads no more."""
+        x, direct = self.direct.padded(x)
+        return x, dataclasses.replace(self, direct=direct)
+
+    def window_mean(self, x: Array) -> Array:
+        return self.direct.window_mean(x)
+
+    def windows(self, x: Array) -> Array:
+        return self.direct.windows(x)
+
+    def multiplications(self, outputs: Sequence[int]) -> int:
+        """Of one input channel and one feature, for so many outputs along each axis of an image."""
+        pairs = zip(self.axes, outputs, strict=True)
+        return math.prod(axis.size * axis.parts * axis.tiles(count) for axis, count in pairs)
+
+    def output_size(self, x: Array) -> tuple[int, ...]:
+        """Positions of the output along each spatial axis."""
+        pads = self.direct.pads(x)
+        sizes = zip(x.shape[1:-1], pads, self.direct.kernel_size, self.direct.strides, strict=True)
+        return tuple(max((n + lo + hi - k) // s + 1, 0) for n, (lo, hi), k, s in sizes)
+
+
+def apply(
+    static: WinogradMap,
+    x: Array,
+    kernels: Sequence[Array],
+    matrices: Mapping[str, Array],
+    visit: Visit,
+    names: tuple[str, Sequence[str]] = ("x", ("w",)),
+) -> Array:
+    """`(N, *spatial', B*C)`: what `static.direct` gives of x and the kernels.
+
+    Args:
+      static: The map.
+      x: `(N, *spatial, in)`; transforms run in float32, products in x's type with float32 sums.
+      kernels: B kernels `(*kernel_size, in/groups, C)`.
+      matrices: As `WinogradMap.constants` has them.
+      visit: Told of the values of each inner site, which it may round: 'transforms',
+        'transformed_input' `(taps, N, tiles, in)`, 'transformed_kernel' `(taps, in/groups, C)`,
+        'hadamard' `(taps, N, tiles, B*C)`, and 'between' the steps of a transform.
+      names: By which `visit` is told what x is, and each kernel.
+    """
+    of_x, of_kernels = names
+
+    def seen(site, name):
+        """What is made of values that `visit` is told of under this name and one of theirs."""
+
+        def one(step, x):
+            found = visit(site, f"{name}_{step}", x)
+            return x if found is None else value(found)
+
+        return one
+
+    spatial = static.output_size(x)
+    tiles = tuple(axis.tiles(n) for axis, n in zip(static.axes, spatial, strict=True))
+    given = matrices.items()
+    matrices = {}
+    for name, matrix in given:
+        found = visit("transforms", name, jnp.asarray(matrix, wide(x.dtype)))
+        matrices[name] = jnp.asarray(matrix, wide(x.dtype)) if found is None else value(found)
+    v = _input(static, x, spatial, matrices, seen("between", f"input_{of_x}"))
+    v = v.reshape(-1, x.shape[0], math.prod(tiles), math.prod(v.shape[-2:]))
+    us = [
+        _kernel(static, kernel.astype(v.dtype), matrices, seen("between", f"kernel_{name}"))
+        for kernel, name in zip(kernels, of_kernels, strict=True)
+    ]
+    found = visit("transformed_input", of_x, v)
+    of_us = [visit("transformed_kernel", name, u) for u, name in zip(us, of_kernels, strict=True)]
+    z = _products(static, x.dtype, v, us, found, of_us)
+    found = visit("hadamard", of_x, z)
+    z = z if found is None else value(found)
+    z = _output(static, z, tiles, spatial, matrices, seen("between", f"output_{of_x}"))
+    return z.astype(x.dtype)
+
+
+def _groups(static: WinogradMap, which: str, matrices) -> list[tuple[str, list[Array | None]]]:
+    """A transform's steps, those along all axes at once together: a matrix for each axis."""
+    passes = [matrices[f"{which}{axis.taps}"] if axis.taps > 1 else None for axis in static.axes]
+    field, bases = Transforms._fields.index(which), []
+    for axis, matrix in zip(static.axes, passes, strict=True):
+        found = None if matrix is None else static.form.bases(axis.taps)
+        exact = None if found is None else as_floats(found)[field]
+        bases.append(None if exact is None else jnp.asarray(exact, matrix.dtype))
+    groups = [("pass", passes)]
+    if static.form.base != "canonical":
+        groups.insert(len(groups) if which == "AT" else 0, ("base", bases))
+    return groups
+
+
+def _transform(groups, x: Array, seen, enter=None) -> Array:
+    """Takes x through all steps, along the last axis first.
+
+    The positions along the spatial axes are x's first axes, in order, behind `enter` if there is
+    one: `enter(x, axis)` puts those along an axis in front.
+    """
+    done, todo = 0, sum(matrix is not None for _, group in groups for matrix in group)
+    for number, (kind, group) in enumerate(groups):
+        for index in reversed(range(len(group))):
+            place, matrix = len(group) - 1, group[index]
+            if enter is not None and number == 0:
+                x, place = enter(x, index), 0
+            if matrix is None:
+                x = jnp.moveaxis(x, place, 0)
+                continue
+            # Exact: by default a TPU rounds the operands to bfloat16.
+            x = jnp.tensordot(matrix, x, ((1,), (place,)), precision=lax.Precision.HIGHEST)
+            done += 1
+            if done < todo and (kind == "pass" or index == 0):
+                x = seen(f"{kind}{index}", x)
+    return x
+
+
+def _input(static: WinogradMap, x: Array, outputs, matrices, seen) -> Array:
+    """The transformed tiles, `(*sizes, N, *tiles, groups, parts * in/groups)`."""
+    rank = len(static.axes)
+    lows = [low for low, _ in static.direct.pads(x)]
+    sides = []
+    for axis, stride, size, low, count in zip(
+        static.axes, static.direct.strides, x.shape[1:-1], lows, outputs, strict=True
+    ):
+        last = stride * (axis.tile * (axis.tiles(count) - 1) + axis.size - 1)
+        last += stride * axis.taps * (axis.pieces - 1) + stride - 1
+        sides.append((low, max(last + 1 - low - size, 0)))
+    x = x.astype(wide(x.dtype)).reshape(*x.shape[:-1], static.groups, -1)
+    x = jnp.pad(x, ((0, 0), *sides, (0, 0), (0, 0)))
+
+    def enter(x, index):
+        axis, stride = static.axes[index], static.direct.strides[index]
+        place, step = rank, stride * axis.tile  # behind rank - 1 - index axes of positions, and N
+        span = step * (axis.tiles(outputs[index]) - 1) + 1
+        positions = []
+        for u in range(axis.size):
+            starts = [
+                stride * (u + piece * axis.taps) + phase
+                for piece in range(axis.pieces)
+                for phase in range(axis.phases)
+            ]
+            parts = [lax.slice_in_dim(x, i, i + span, step, place) for i in starts]
+            positions.append(jnp.concatenate(parts, axis=-1))
+        return jnp.stack(positions)
+
+    return _transform(_groups(static, "BT", matrices), x, seen, enter)
+
+
+def _kernel(static: WinogradMap, kernel: Array, matrices, seen) -> Array:
+    """The transformed kernel, `(taps, parts * in/groups, C)`."""
+    rank = len(static.axes)
+    missing = [
+        axis.parts * axis.taps - size for axis, size in zip(static.axes, kernel.shape, strict=False)
+    ]
+    kernel = jnp.pad(kernel, (*((0, more) for more in missing), (0, 0), (0, 0)))
+
+    def enter(kernel, index):
+        axis, place = static.axes[index], rank - 1  # the last of the axes that are left
+        shape = kernel.shape
+        cut = (axis.pieces, axis.taps, axis.phases)
+        kernel = kernel.reshape(*shape[:place], *cut, *shape[place + 1 :])
+        kernel = jnp.moveaxis(kernel, place + 1, 0)
+        kernel = jnp.moveaxis(kernel, (place + 1, place + 2), (-4, -3))
+        return kernel.reshape(*kernel.shape[:-4], -1, kernel.shape[-1])
+
+    kernel = _transform(_groups(static, "G", matrices), kernel, seen, enter)
+    return kernel.reshape(-1, *kernel.shape[-2:])
+
+
+def _output(static: WinogradMap, z: Array, tiles, outputs, matrices, seen) -> Array:
+    """z `(taps, N, tiles, C)` to `(N, *spatial', C)`."""
+    rank = len(static.axes)
+    sizes = [axis.size for axis in static.axes]
+    z = z.reshape(*sizes, z.shape[1], *tiles, z.shape[-1])
+    z = _transform(_groups(static, "AT", matrices), z, seen)
+    order = [axis for i in range(rank) for axis in (rank + 1 + i, i)]
+    z = jnp.transpose(z, (rank, *order, 2 * rank + 1))
+    whole = [n * axis.tile for axis, n in zip(static.axes, tiles, strict=True)]
+    z = z.reshape(z.shape[0], *whole, z.shape[-1])
+    return z[(slice(None), *map(slice, outputs))]
+
+
+def _products(
+    static: WinogradMap, dtype, v: Array, us: Sequence[Array], seen, seen_kernels
+) -> Array:
+    """`(taps, N, tiles, B*C)`: v `(taps, N, tiles, in)` times the kernels `(taps, in/groups, C)`.
+
+    Where both have codes and scales that can be taken out of the sums, the products are of the
+    codes, as in `ops.branch_maps`.
+    """
+
+    def products(v, us):
+        u = linear_maps.fuse(us, static.groups)
+        v = v.astype(dtype).reshape(*v.shape[:-1], static.groups, -1)
+        u = u.astype(dtype).reshape(*u.shape[:-1], static.groups, -1)
+        z = jnp.einsum("antgd,adgo->antgo", v, u, preferred_element_type=wide(dtype))
+        return z.reshape(*z.shape[:-2], -1)
+
+    def values(x, found):
+        return x if found is None else value(found)
+
+    exact = None
+    if _has_codes(seen, seen_kernels):
+        z = products(seen.codes, [found.codes for found in seen_kernels])
+        scales = [
+            jnp.broadcast_to(found.scale, (*found.scale.shape[:2], u.shape[-1]))
+            for u, found in zip(us, seen_kernels, strict=True)
+        ]
+        exact = z * (seen.scale * linear_maps.fuse(scales, static.groups)[:, None])
+    plain = products(
+        values(v, seen), [values(*pair) for pair in zip(us, seen_kernels, strict=True)]
+    )
+    return plain if exact is None else straight_through(lax.stop_gradient(exact), plain)
+
+
+def _has_codes(v: Rounded | None, us: Sequence[Rounded | None]) -> bool:
+    """Whether all have codes, and scales for taps and features alone."""
+    return (
+        all(found is not None and found.codes is not None for found in (v, *us))
+        and set(v.scale.shape[1:]) <= {1}
+        and all(found.scale.shape[-2] == 1 for found in us)
+    )
