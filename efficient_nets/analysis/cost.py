@@ -15,6 +15,7 @@ from clu import parameter_overview
 from flax import nnx
 
 from efficient_nets.layers import Codes, Layer, layers, watched
+from efficient_nets.layers.winograd import is_transformable, transform_layer
 from efficient_nets.ops import forms, packing, quantizers
 from efficient_nets.ops.quantizers import Arrays, Quantizer
 from efficient_nets.ops.winograd import WinogradMap
@@ -138,7 +139,7 @@ def _layer_cost(path: str, layer: Layer, input_shape, output_shape) -> LayerCost
     each = linear_map.multiplications(output_shape[:-1]) if transformed else 0
     products = [
         (
-            each * math.prod(shape[-2:]) or positions * math.prod(shape),
+            each * math.prod(geometry.kernel_shape[-2:]) or positions * math.prod(shape),
             bits,
             input_bits if reads == "x" else square_bits,
         )
@@ -190,8 +191,10 @@ def _bytes(module: nnx.Module) -> int:
 
 def _packed_bytes(module: nnx.Module) -> int:
     """Of the arrays of a file for use, once the schedules of its quantizers are over."""
+    module = nnx.eval_shape(_as_filed, module)
     size = _bytes(module)
     for _, layer in layers(module):
+        of_kernels = {layer.kernel_range(name): name for name in layer.spec.branches}
         for name, found in (layer.ranges or {}).items():
             arrays = nnx.to_pure_dict(nnx.state(found))
             size -= _size(arrays)
@@ -201,16 +204,31 @@ def _packed_bytes(module: nnx.Module) -> int:
             end = quantizers.settled(found.quantizer, Arrays(learned, observed))
             if end is None:
                 continue
-            if name not in layer.spec.branches:
+            if name not in of_kernels:
                 size += _size(end[1])
                 continue
-            kernel = getattr(layer, name).kernel
+            kernel = getattr(layer, of_kernels[name]).kernel
             size += _packed_kernel(kernel, *end) - _size(kernel)
     return size
 
 
+def _as_filed(module: nnx.Module) -> nnx.Module:
+    """The net whose rounded kernels are those of a file, which are transformed ones."""
+    module = nnx.merge(*nnx.split(module))
+    for _, layer in layers(module):
+        quantizer = layer.spec.precision.transformed_kernel
+        if quantizer is not None and not quantizer.stop_epoch and is_transformable(layer):
+            transform_layer(layer)
+    return module
+
+
 def _packed_kernel(kernel, quantizer: Quantizer, arrays: Arrays) -> int:
-    """Of its indices, their table, and the scales and factors that are left of the range."""
+    """Of its indices, their table, and the scales and factors that are left of the range.
+
+    Numbers of more bits than a file packs stay as they are.
+    """
+    if quantizer.bits > packing.MAX_BITS:
+        return _size(kernel)
     kernel = jax.ShapeDtypeStruct(kernel.shape, kernel.dtype)
     rounded = jax.eval_shape(functools.partial(quantizers.rounded, quantizer), kernel, arrays)
     kept = ()

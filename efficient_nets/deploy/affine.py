@@ -22,9 +22,13 @@ from efficient_nets.ops.quantizers import Arrays
 
 
 def rounds_kernel(layer: Layer) -> bool:
-    """Whether a quantizer rounds the kernel as it runs: a factor would move it on its grid."""
-    quantizer = layer.spec.precision.kernel
-    return quantizer is not None and quantizer.method != "stored"
+    """Whether a quantizer rounds the kernel as it runs: a factor would move it on its grid.
+
+    So it would what is rounded of it on its way through transforms.
+    """
+    sites = layer.spec.precision
+    of_kernel = [sites.kernel, sites.transformed_kernel, sites.hadamard, sites.between]
+    return any(quantizer is not None and quantizer.method != "stored" for quantizer in of_kernel)
 
 
 def no_scaling(layer: Layer) -> str:
@@ -32,6 +36,8 @@ def no_scaling(layer: Layer) -> str:
     if not layer.spec.parts.scaling:
         return f"no factor of branches of neuron={layer.spec.neuron!r} is one of its output"
     if layer.spec.norm == "none" and rounds_kernel(layer):
+        if layer.spec.precision.hadamard or layer.spec.precision.between:
+            return "sums are rounded between its transforms, in steps that a factor would change"
         return "its kernel is rounded as it runs: `to_integers` first"
     return ""
 
@@ -92,11 +98,12 @@ def scale_branch(layer: Layer, name: str, factor: Array) -> None:
         return
     if branch.bias is not None:
         branch.bias[...] = branch.bias[...] * factor
-    if layer.spec.precision.kernel is None:
+    if getattr(layer.spec.precision, layer.kernel_site) is None:
         kernel = branch.kernel[...]
         branch.kernel[...] = kernel * batch_norm.row(factor, kernel)
         return
-    learned, observed = layer.ranges[name].arrays()
+    found = layer.ranges[layer.kernel_range(name)]
+    learned, observed = found.arrays()
     scale = observed["scale"]
     scale = scale * batch_norm.row(factor, scale)
-    layer.ranges[name].set(Arrays(learned, observed | {"scale": scale}))
+    found.set(Arrays(learned, observed | {"scale": scale}))

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_nets import layers, names
+from efficient_nets.layers.winograd import is_transformable, transform_layer
 from efficient_nets.ops import branch_maps, packing, quantizers
-from efficient_nets.ops.precision import Precision
 from efficient_nets.ops.quantizers import Quantizer
 
 OPERANDS = {
@@ -25,6 +25,7 @@ def to_integers(model: nnx.Module, *, settle: bool = False, operands: str = "int
     `ops.branch_maps`), the layer's map is one of whole numbers with sums in int32, and gives bit
     for bit what it gave before. A kernel of a method without such a grid becomes its rounded
     values, and so does one whose schedule is not over, which may add another rounding of float32.
+    Where a layer rounds transformed kernels it holds these, see `layers.transform_kernels`.
     Neither can be trained. Where a schedule has stopped a quantizer, nothing is rounded, and its
     ranges are gone.
 
@@ -44,25 +45,34 @@ def to_integers(model: nnx.Module, *, settle: bool = False, operands: str = "int
         if layer.ranges is None:
             continue
         _settle(layer, settle)
-        sites = {name: found.quantizer for name, found in (layer.ranges or {}).items()}
-        of_kernels = [name for name in layer.spec.branches if sites.pop(name, None)]
-        if of_kernels:
-            sites["kernel"] = _store(layer, operands, sites.get("input"))
-        layer.spec = dataclasses.replace(layer.spec, precision=Precision(**sites))
+        if layer.spec.precision.transformed_kernel is not None and is_transformable(layer):
+            transform_layer(layer)
+        site = layer.kernel_site
+        if getattr(layer.spec.precision, site) is not None:
+            reads = "input" if site == "kernel" else "transformed_input"
+            stored = _store(layer, operands, getattr(layer.spec.precision, reads))
+            _set_sites(layer, {site: stored})
     return model
+
+
+def _set_sites(layer: layers.Layer, sites: dict[str, Quantizer | None]) -> None:
+    precision = dataclasses.replace(layer.spec.precision, **sites)
+    layer.spec = dataclasses.replace(layer.spec, precision=precision)
 
 
 def _settle(layer: layers.Layer, every: bool) -> None:
     """Takes away the schedules that are over, and the quantizers that they have stopped."""
-    stopped = set()
+    stopped, sites = set(), {}
     for name, found in layer.ranges.items():
         if every or is_settled(found):
-            end = quantizers.settled(found.quantizer, found.arrays())
+            site, end = found.quantizer.site, quantizers.settled(found.quantizer, found.arrays())
+            sites[site] = None if end is None else end[0]
             if end is None:
                 stopped.add(name)
                 continue
             found.quantizer, arrays = end
             found.set(arrays)
+    _set_sites(layer, sites)
     _drop_ranges(layer, stopped)
 
 
@@ -88,7 +98,7 @@ def _store(layer: layers.Layer, operands: str, of_input: Quantizer | None) -> Qu
     """Puts what is computed with in place of the kernels; gives the quantizer that reads it."""
     stored = None
     for name, branch in zip(layer.spec.branches, layer.branches, strict=True):
-        found = layer.ranges[name]
+        found = layer.ranges[layer.kernel_range(name)]
         arrays, quantizer = found.arrays(), found.quantizer
         if quantizer.method == "stored":
             stored, dtype = quantizer, _kernel_type(quantizer, operands, of_input)
@@ -104,5 +114,5 @@ def _store(layer: layers.Layer, operands: str, of_input: Quantizer | None) -> Qu
         found.quantizer = stored
         found.set(arrays)
     if stored is None:
-        _drop_ranges(layer, layer.spec.branches)
+        _drop_ranges(layer, [layer.kernel_range(name) for name in layer.spec.branches])
     return stored

@@ -25,7 +25,6 @@ from efficient_nets.ops import packing
 from efficient_nets.ops.quantizers import Quantizer, groups
 
 VALUES = ":values"
-MAX_BITS = 8
 SAVED = nnx.Not(nnx.RngState)  # keys of dropout and the like: in evaluation nothing asks for them
 
 
@@ -43,7 +42,8 @@ def save(model: nnx.Module, path: pathlib.Path | str) -> int:
     check_settled(model)
     of_kernels = {}
     for where, layer in layers.layers(model):
-        quantizer = layer.spec.precision.kernel
+        sites = layer.spec.precision
+        quantizer = sites.transformed_kernel or sites.kernel
         quantizer = None if quantizer is None or quantizer.stop_epoch else quantizer
         for branch in layer.spec.branches:
             of_kernels[f"{where}/{branch}/kernel".removeprefix("/")] = quantizer
@@ -135,7 +135,7 @@ def _packed(value: np.ndarray, quantizer: Quantizer | None):
     else:
         axis, bits = groups.channel_axis(quantizer), quantizer.bits
         number, levels = packing.table_shape(quantizer, value.shape, value.dtype)
-    if bits > MAX_BITS:
+    if bits > packing.MAX_BITS:
         return None
     channels_first = np.moveaxis(value, axis, 0)
     indices, table = [], []

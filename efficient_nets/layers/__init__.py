@@ -20,6 +20,7 @@ from efficient_nets.layers.precision import Codes, Range, advance, hold
 from efficient_nets.layers.recalibrate import batch_moments, recalibrate_norms
 from efficient_nets.layers.rules import convert, layers, ranges, set_compute_dtype
 from efficient_nets.layers.spec import LayerSpec
+from efficient_nets.layers.winograd import transform_kernels
 
 __all__ = [
     "BatchNorm",
@@ -45,5 +46,6 @@ __all__ = [
     "ranges",
     "recalibrate_norms",
     "set_compute_dtype",
+    "transform_kernels",
     "watched",
 ]

@@ -138,7 +138,7 @@ class Layer(nnx.Module):
         def visit(site, name, values):
             found[site, name] = values
 
-        ranges = self._learned_transforms()
+        ranges = self.learned_transforms()
         for kind, positions in self.spec.parts.kinds.items():
             branches = tuple(self.spec.branches[i] for i in positions)
             kernels = [getattr(self, name).kernel[...] for name in branches]
@@ -147,7 +147,20 @@ class Layer(nnx.Module):
             )
         return found
 
-    def _learned_transforms(self) -> branch_maps.Ranges:
+    @property
+    def kernel_site(self) -> str:
+        """Where the kernels that the layer holds are rounded: 'kernel', or what they became."""
+        form = self.spec.algorithm
+        transformed = form != winograd.DIRECT and form.transformed
+        return "transformed_kernel" if transformed else "kernel"
+
+    def kernel_range(self, branch: str) -> str:
+        """The key in `ranges` of the quantizer of a branch's kernel."""
+        site = self.kernel_site
+        return branch if site == "kernel" else branch_maps.inner_name(site, branch)
+
+    def learned_transforms(self) -> branch_maps.Ranges:
+        """The layer's own transforms as `ops` take them, nothing where these are constants."""
         if self.transforms is None:
             return {}
         learned = {name: matrix[...] for name, matrix in self.transforms.items()}
@@ -200,7 +213,7 @@ class Layer(nnx.Module):
             kernels=tuple(branch.kernel[...] for branch in branches),
             biases=biases,
             branch_norms=branch_norms,
-            ranges=precisions.arrays(self.ranges, self.spec.branches) | self._learned_transforms(),
+            ranges=precisions.arrays(self.ranges, self.spec.branches) | self.learned_transforms(),
         )
 
     def __call__(self, x: Array) -> Array:

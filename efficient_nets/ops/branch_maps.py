@@ -21,6 +21,7 @@ from jax import Array, lax
 
 from efficient_nets.errors import UserError
 from efficient_nets.ops import forms, linear_maps, quantizers
+from efficient_nets.ops.packing import narrowest
 from efficient_nets.ops.precision import Precision
 from efficient_nets.ops.quantizers import Arrays, Quantizer
 from efficient_nets.ops.quantizers.spec import Rounded
@@ -168,7 +169,12 @@ def _transformed(
         arrays = ranges[key]
         if observes:
             arrays = moved[key] = quantizers.observe(quantizer, values, arrays)
-        return quantizers.rounded(quantizer, values, arrays)
+        found = quantizers.rounded(quantizer, values, arrays)
+        if site == "transformed_input" and found.codes is not None and not _trainable(kernels):
+            able = [jnp.int8, jnp.int16, jnp.int32]
+            dtype = narrowest(quantizers.code_bounds(quantizer), able)
+            found = found._replace(codes=found.codes.astype(dtype))
+        return found
 
     return transformed_map(linear_map, names, x, kernels, ranges, visit), moved
 

@@ -11,6 +11,8 @@ import numpy as np
 
 from efficient_nets.ops.quantizers import Quantizer, groups
 
+MAX_BITS = 8  # of a packed number
+
 
 def table_shape(quantizer: Quantizer, shape: Sequence[int], dtype: jnp.dtype) -> tuple[int, int]:
     """`(G, L)`: of the values that a kernel takes, L in each of G groups of its channels.

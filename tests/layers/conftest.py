@@ -1,7 +1,14 @@
-"""Programs that compile in half the time."""
+"""Double precision for exact comparisons, and programs that compile in half the time."""
 
 import jax
 import pytest
+
+
+@pytest.fixture
+def x64():
+    """64-bit types inside one test."""
+    with jax.enable_x64(True):
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -94,7 +94,7 @@ def method(quantizer: Quantizer) -> Method:
 def stored(quantizer: Quantizer, arrays: Arrays, rounded: Rounded) -> tuple[Quantizer, Arrays]:
     """The quantizer, and its arrays, that a kernel of this one's codes has."""
     made = Quantizer(
-        *("kernel", "stored", quantizer.levels, quantizer.signed, quantizer.per, "identity"),
+        *(quantizer.site, "stored", quantizer.levels, quantizer.signed, quantizer.per, "identity"),
         axis=quantizer.axis,
         zero_point=quantizer.zero_point,
         options=(("bounds", code_bounds(quantizer)),),
@@ -225,6 +225,8 @@ def rounded(
     if "post_scale" in learned:
         found = times(found, groups.spread(quantizer, learned["post_scale"].astype(x.dtype), x))
     found = undo(found)
+    if quantizer.levels > spec.CODED_LEVELS and found.codes is not None:
+        found = Rounded(found.surrogate, value=lax.stop_gradient(found.codes * found.scale))
     if quantizer.pauses:
         found = _while_active(quantizer, found, x, observed["active"] > 0)
     if found.codes is None and found.value is None:

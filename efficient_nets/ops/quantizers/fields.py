@@ -17,8 +17,6 @@ from efficient_nets.ops.quantizers.spec import (
     Quantizer,
 )
 
-MAX_LEVELS = 256
-
 
 def quantizer(
     methods: Mapping[str, Mapping[str, Method]], site: str, fields: Mapping[str, Any]
@@ -87,17 +85,18 @@ def _levels(here: str, name: str, method: Method, fields: dict) -> int:
         raise UserError(f"{here}: give one of bits and levels")
     if "bits" in fields:
         bits = fields.pop("bits")
-        if not _whole(bits) or not 1 <= bits <= 8:
-            raise UserError(f"{here}.bits={bits!r}: allowed 1 to 8")
+        most = (method.most - 1).bit_length()
+        if not _whole(bits) or not 1 <= bits <= most:
+            raise UserError(f"{here}.bits={bits!r}: allowed 1 to {most}")
         levels = 2**bits
     else:
         levels = fields.pop("levels", method.default)
     if not levels:
         raise UserError(f"{here}.method={name!r}: give bits or levels")
-    if not _whole(levels) or not 2 <= levels <= MAX_LEVELS:
-        raise UserError(f"{here}.levels={levels!r}: allowed 2 to {MAX_LEVELS}")
+    if not _whole(levels) or not 2 <= levels <= method.most:
+        raise UserError(f"{here}.levels={levels!r}: allowed 2 to {method.most}")
     if not method.levels(levels):
-        able = [str(n) for n in range(2, MAX_LEVELS + 1) if method.levels(n)]
+        able = [str(n) for n in range(2, method.most + 1) if method.levels(n)]
         shown = ", ".join(able[:8] + ["..."] if len(able) > 8 else able)
         raise UserError(f"{here}.levels={levels}: allowed for {name!r} there: {shown}")
     return levels
@@ -195,7 +194,7 @@ def _check(here: str, made: Quantizer, method: Method) -> None:
             raise UserError(f"{here}.{field}={value!r}: give a number, at least 0")
     if made.zero_point and (made.signed or made.levels == 2):
         raise UserError(f"{here}.zero_point: it takes signed=False and more than 2 levels")
-    _check_stages(here, made)
+    _check_stages(here, made, method.most)
     if 0 < made.freeze_epoch < made.float_epochs:
         raise UserError(
             f"{here}.freeze_epoch={made.freeze_epoch}: give 0, or an epoch not below "
@@ -204,16 +203,16 @@ def _check(here: str, made: Quantizer, method: Method) -> None:
     _check_stop(here, made)
 
 
-def _check_stages(here: str, made: Quantizer) -> None:
+def _check_stages(here: str, made: Quantizer, most: int) -> None:
     if not made.stages:
         return
     epochs, levels = zip(*made.stages, strict=True)
     if list(epochs) != sorted(set(epochs)) or epochs[0] != 0:
         raise UserError(f"{here}.stages={made.stages}: epochs must rise, from 0")
-    if levels[-1] != made.levels or min(levels) < 3 or max(levels) > MAX_LEVELS:
+    if levels[-1] != made.levels or min(levels) < 3 or max(levels) > most:
         raise UserError(
             f"{here}.stages={made.stages}: the last must have levels={made.levels}, and each of "
-            f"them 3 to {MAX_LEVELS}"
+            f"them 3 to {most}"
         )
 
 

@@ -38,6 +38,8 @@ NORMALISATIONS = {  # by site; see `normalise`
         "variance": "the same with sqrt(mean x^2)",
     },
 }
+# The most whose codes bfloat16 holds, and whose sums of products are exact in float32.
+CODED_LEVELS = 256
 Values = Mapping[str, Array]
 
 
@@ -86,6 +88,7 @@ class Method:
     Attributes:
       round: `(quantizer, x, arrays) -> Rounded`; arrays are the learned and the observed ones.
       levels: `levels -> bool`: the level counts that it can have.
+      most: The greatest one. Above `CODED_LEVELS` values have no codes.
       default: The level count where none is given; 0: one must be given.
       start: `(quantizer, x) -> (learned, observed)`, from values such as those that it will round;
         learned arrays are parameters, observed ones are moved by `observe` in training.
@@ -106,6 +109,7 @@ class Method:
 
     round: Callable[["Quantizer", Array, Values], Rounded]
     levels: Callable[[int], bool]
+    most: int = 256
     default: int = 0
     start: Callable[["Quantizer", Array], tuple[dict, dict]] | None = None
     observe: Callable[["Quantizer", Array, Values], dict] | None = None

@@ -185,6 +185,7 @@ METHODS = {
         Method(
             _minmax,
             above_two,
+            most=2**16,
             start=_start_minmax,
             fit=_fit_minmax,
             observe=_observe_minmax,

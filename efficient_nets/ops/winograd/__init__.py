@@ -1,6 +1,14 @@
 """Winograd's convolution: exact transforms for any tile, points and base, and the map itself."""
 
-from efficient_nets.ops.winograd.maps import WinogradMap, apply
+from efficient_nets.ops.winograd.maps import OF_KERNELS, WinogradMap, apply, transformed_kernel
 from efficient_nets.ops.winograd.spec import DIRECT, Winograd, parse
 
-__all__ = ["DIRECT", "Winograd", "WinogradMap", "apply", "parse"]
+__all__ = [
+    "DIRECT",
+    "OF_KERNELS",
+    "Winograd",
+    "WinogradMap",
+    "apply",
+    "parse",
+    "transformed_kernel",
+]

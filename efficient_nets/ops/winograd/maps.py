@@ -33,6 +33,7 @@ from efficient_nets.ops.winograd.transforms import Transforms, as_floats
 # `(site, name, values) -> Rounded`, or None where nothing is rounded there. Names tell the values
 # of a site apart.
 Visit = Callable[[str, str, Array], Rounded | None]
+OF_KERNELS = "G"  # the names of the matrices that transform kernels begin so
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +110,11 @@ class WinogradMap:
         for taps in self.kinds:
             exact = as_floats(self.form.transforms(taps))
             found |= {f"{name}{taps}": matrix for name, matrix in exact._asdict().items()}
-        return found
+        return {
+            name: matrix
+            for name, matrix in found.items()
+            if not (self.form.transformed and name.startswith(OF_KERNELS))
+        }
 
     def padded(self, x: Array) -> "tuple[Array, WinogradMap]":
         """x with its padding of zeros, and the map of that, which pads no more."""
@@ -155,36 +160,51 @@ def apply(
       names: By which `visit` is told what x is, and each kernel.
     """
     of_x, of_kernels = names
-
-    def seen(site, name):
-        """What is made of values that `visit` is told of under this name and one of theirs."""
-
-        def one(step, x):
-            found = visit(site, f"{name}_{step}", x)
-            return x if found is None else value(found)
-
-        return one
-
     spatial = static.output_size(x)
     tiles = tuple(axis.tiles(n) for axis, n in zip(static.axes, spatial, strict=True))
-    given = matrices.items()
-    matrices = {}
-    for name, matrix in given:
-        found = visit("transforms", name, jnp.asarray(matrix, wide(x.dtype)))
-        matrices[name] = jnp.asarray(matrix, wide(x.dtype)) if found is None else value(found)
-    v = _input(static, x, spatial, matrices, seen("between", f"input_{of_x}"))
+    matrices = _seen_matrices(matrices, wide(x.dtype), visit)
+    us = kernels
+    if not static.form.transformed:
+        us = [
+            _kernel(static, kernel.astype(wide(x.dtype)), matrices, _between(visit, "kernel", name))
+            for kernel, name in zip(kernels, of_kernels, strict=True)
+        ]
+    v = _input(static, x, spatial, matrices, _between(visit, "input", of_x))
     v = v.reshape(-1, x.shape[0], math.prod(tiles), math.prod(v.shape[-2:]))
-    us = [
-        _kernel(static, kernel.astype(v.dtype), matrices, seen("between", f"kernel_{name}"))
-        for kernel, name in zip(kernels, of_kernels, strict=True)
-    ]
     found = visit("transformed_input", of_x, v)
     of_us = [visit("transformed_kernel", name, u) for u, name in zip(us, of_kernels, strict=True)]
     z = _products(static, x.dtype, v, us, found, of_us)
     found = visit("hadamard", of_x, z)
     z = z if found is None else value(found)
-    z = _output(static, z, tiles, spatial, matrices, seen("between", f"output_{of_x}"))
+    z = _output(static, z, tiles, spatial, matrices, _between(visit, "output", of_x))
     return z.astype(x.dtype)
+
+
+def transformed_kernel(
+    static: WinogradMap, kernel: Array, matrices: Mapping[str, Array], visit: Visit, name: str = "w"
+) -> Array:
+    """`(taps, parts * in/groups, C)`: what `apply` makes of a kernel before it rounds that."""
+    matrices = _seen_matrices(matrices, kernel.dtype, visit)
+    return _kernel(static, kernel, matrices, _between(visit, "kernel", name))
+
+
+def _seen_matrices(matrices: Mapping[str, Array], dtype, visit: Visit) -> dict[str, Array]:
+    made = {}
+    for name, matrix in matrices.items():
+        made[name] = jnp.asarray(matrix, dtype)
+        found = visit("transforms", name, made[name])
+        made[name] = made[name] if found is None else value(found)
+    return made
+
+
+def _between(visit: Visit, transform: str, name: str) -> Callable[[str, Array], Array]:
+    """What is made of the values behind a step of a transform."""
+
+    def seen(step, x):
+        found = visit("between", f"{transform}_{step}_{name}", x)
+        return x if found is None else value(found)
+
+    return seen
 
 
 def _groups(static: WinogradMap, which: str, matrices) -> list[tuple[str, list[Array | None]]]:
@@ -296,30 +316,35 @@ def _products(
     """`(taps, N, tiles, B*C)`: v `(taps, N, tiles, in)` times the kernels `(taps, in/groups, C)`.
 
     Where both have codes and scales that can be taken out of the sums, the products are of the
-    codes, as in `ops.branch_maps`.
+    codes, as in `ops.branch_maps`. For kernels of whole numbers they are in the type of v's codes,
+    which is one of whole numbers too, and their sums in int32.
     """
 
-    def products(v, us):
-        u = linear_maps.fuse(us, static.groups)
-        v = v.astype(dtype).reshape(*v.shape[:-1], static.groups, -1)
-        u = u.astype(dtype).reshape(*u.shape[:-1], static.groups, -1)
-        z = jnp.einsum("antgd,adgo->antgo", v, u, preferred_element_type=wide(dtype))
+    def products(v, us, operand, out):
+        u = linear_maps.fuse([u.astype(operand) for u in us], static.groups)
+        v = v.astype(operand).reshape(*v.shape[:-1], static.groups, -1)
+        u = u.reshape(*u.shape[:-1], static.groups, -1)
+        z = jnp.einsum("antgd,adgo->antgo", v, u, preferred_element_type=out)
         return z.reshape(*z.shape[:-2], -1)
 
     def values(x, found):
         return x if found is None else value(found)
 
-    exact = None
+    exact, sums = None, wide(dtype)
+    whole = all(jnp.issubdtype(u.dtype, jnp.integer) for u in us)
     if _has_codes(seen, seen_kernels):
-        z = products(seen.codes, [found.codes for found in seen_kernels])
+        codes = us if whole else [found.codes for found in seen_kernels]
+        operands = (seen.codes.dtype, jnp.int32) if whole else (dtype, sums)
+        z = products(seen.codes, codes, *operands).astype(sums)
         scales = [
             jnp.broadcast_to(found.scale, (*found.scale.shape[:2], u.shape[-1]))
             for u, found in zip(us, seen_kernels, strict=True)
         ]
         exact = z * (seen.scale * linear_maps.fuse(scales, static.groups)[:, None])
-    plain = products(
-        values(v, seen), [values(*pair) for pair in zip(us, seen_kernels, strict=True)]
-    )
+        if whole:
+            return exact
+    kernels = [values(*pair) for pair in zip(us, seen_kernels, strict=True)]
+    plain = products(values(v, seen), kernels, dtype, sums)
     return plain if exact is None else straight_through(lax.stop_gradient(exact), plain)
 
 

@@ -46,6 +46,8 @@ class Winograd:
       base: A key of `BASES`.
       taps: Kernels with more taps along an axis are cut into equal pieces of at most so many (DWM,
         arXiv 2002.00552); 0: they are not.
+      transformed: The layer holds transformed kernels, `(taps, parts * in/groups, features)`: of a
+        net for use, see `layers.transform_kernels`.
     """
 
     tile: int
@@ -53,6 +55,7 @@ class Winograd:
     points: str = "half"
     base: str = "canonical"
     taps: int = 0
+    transformed: bool = False
 
     def __post_init__(self):
         for field, least in (("tile", 2), ("taps", 0)):
@@ -75,6 +78,7 @@ class Winograd:
         parts += ["legendre"] if self.base == "legendre" else []
         parts += [f"points={self.points}"] if self.points != "half" else []
         parts += [f"taps={self.taps}"] if self.taps else []
+        parts += ["transformed"] if self.transformed else []  # which no config can ask for
         return ",".join(parts)
 
     def check_taps(self, taps: int) -> None:
@@ -126,7 +130,7 @@ def parse(value: Any) -> Winograd | str:
     if isinstance(value, Winograd) or value == DIRECT:
         return value
     if isinstance(value, Mapping):
-        fields = [field.name for field in dataclasses.fields(Winograd)]
+        fields = [f.name for f in dataclasses.fields(Winograd) if f.name != "transformed"]
         names.check_fields("algorithm", value, fields)
         if "tile" not in value:
             raise UserError("algorithm has no 'tile': give outputs of a tile, as in tile=4")
