@@ -171,10 +171,11 @@ def defaults() -> ConfigDict:
             norm_batches=0,
         )
     )
-    config.pretrain = ConfigDict(  # a run of the same net in float first
+    config.pretrain = ConfigDict(  # a run of the same net first, direct and in float
         dict(
             epochs=0.0,  # 0: none; else this run starts from its weights
             learning_rate=0.1,
+            keep_precision=False,  # it is rounded as layers say, but for what is inside transforms
         )
     )
     config.teacher = ConfigDict(  # a trained net whose outputs are learnt beside the labels
@@ -267,7 +268,7 @@ def _check_start(config: ConfigDict, reference: ConfigDict, fields: dict) -> Non
     if not config.teacher.checkpoint and config.teacher != reference.teacher:
         raise UserError("teacher.checkpoint='': without one the other fields of teacher do nothing")
     if not config.pretrain.epochs and config.pretrain != reference.pretrain:
-        raise UserError("pretrain.epochs=0: then pretrain.learning_rate does nothing")
+        raise UserError("pretrain.epochs=0: then the other fields of pretrain do nothing")
     if config.pretrain.epochs and not config.calibration.batch_size:
         raise UserError(
             "calibration.batch_size=0: the net in float of pretrain has no ranges to start from"

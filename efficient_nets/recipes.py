@@ -14,8 +14,54 @@ FIRST_LAST = {
     "all": "as everywhere",
 }
 SHORTCUTS = {"float": "nothing is rounded in shortcuts", "same": "as everywhere"}
+# Methods of `winograd`: whether the transforms are learned, and whether they are rounded.
+WINOGRAD = {
+    "direct": "no transforms, 'direct' of arXiv 2002.10711",
+    "static": "exact transforms; all other sites are rounded",
+    "static-rounded": "the transforms are rounded too, 'static' of arXiv 2002.10711",
+    "flex": "the transforms are learned, and rounded each step",
+    "tap": "exact transforms; inside of them a learned power of two for each tap of a tile",
+}
+# By architecture: its convolutions of more than one tap but for a stem, those of them whose maps
+# are no larger than 4x4, the other layers that are rounded.
+WINOGRAD_LAYERS = {
+    "resnet": (r"^stage\d/.*/conv\d$", r"^stage4/.*/conv\d$", r"/shortcut$"),
+    "resnext": (r"/conv2$", "", r"/(conv[13]|shortcut)$"),
+    "squeezenet": (r"/expand3$", "", r"/(squeeze|expand1)$"),
+    "lenet": (r"^conv\d$", "", r"^hidden$"),
+}
 # QuadraLib's neuron as it is trained there.
 QUADRATIC = dict(neuron="ours", norm="branch")
+
+
+def arguments(text: str, **defaults) -> dict:
+    """What the argument of a config says, as 'flex,tile=6' in `configs/winograd.py:flex,tile=6`.
+
+    Args:
+      text: `key=value` pairs with commas between; the first may be the value of the first key.
+      **defaults: Of each key; their types are those of the values.
+
+    Raises:
+      UserError: on an unknown key, one given twice, or a value of another type.
+    """
+    found = {}
+    for index, part in enumerate(text.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals and index == 0:
+            key, equals, value = next(iter(defaults)), "=", part
+        if not equals:
+            raise UserError(f"the config's argument {text!r}: {part!r} is no key=value")
+        names.check_fields("the config's argument", [key], defaults)
+        if key in found:
+            raise UserError(f"the config's argument {text!r}: {key!r} is given twice")
+        kind = type(defaults[key])
+        try:
+            found[key] = kind(value)
+        except ValueError:
+            raise UserError(
+                f"the config's argument {text!r}: {key} takes a {kind.__name__}, not {value!r}"
+            ) from None
+    return defaults | found
 
 
 def slow_products(neuron: str, factor: float = 1e-4) -> dict:
@@ -82,6 +128,60 @@ def _eight_bits(text: str, image: bool) -> dict[str, dict]:
     except UserError as error:
         raise UserError(f"first_last='8bit' with precision={text!r}: {error}") from error
     return found
+
+
+def winograd(
+    method: str, *, tile: int = 0, bits: int = 8, architecture: str = "resnet"
+) -> tuple[dict, ...]:
+    """Rules for `config.layers` that make a net Winograd-aware, as arXiv 2002.10711 does.
+
+    Kernels, inputs, outputs and what is inside of transforms have the same bits, each site its own
+    range around 0: the moving average of the largest magnitude, 'tap' but for the steps of each
+    tap, learned as LSQ's and rounded to powers of two (Andri et al., arXiv 2209.12982). Stem and
+    head are float, convolutions of one tap direct. The architecture 'resnet' is that of preset
+    'winograd'.
+
+    Args:
+      method: A key of `WINOGRAD`.
+      tile: m of F(m, r), 0 for 4; maps of 4x4 pixels take no more than 4. Not for 'direct'.
+      bits: Of each site, 2 to 8; 0: nothing is rounded.
+      architecture: A key of `WINOGRAD_LAYERS`.
+
+    Raises:
+      UserError: on an unknown name, other bits, or a method that these leave nothing to do.
+    """
+    names.pick("method", method, WINOGRAD)
+    tiled, small, others = names.pick("architecture", architecture, WINOGRAD_LAYERS)
+    if bits not in (0, *range(2, 9)):
+        raise UserError(f"bits={bits}: allowed 0 (float), 2 to 8")
+    if bits == 0 and method in ("static-rounded", "tap"):
+        raise UserError(f"bits=0 with method={method!r}: there is nothing to round; give bits")
+    around = {"precision": f"minmax:w{bits}a{bits}so{bits}s"} if bits else {}
+    direct = (dict(match=others, **around),) if bits else ()
+    if method == "direct":
+        if tile:
+            raise UserError(f"tile={tile} with method='direct': it has no tiles; give 0")
+        return (dict(match=tiled, **around), *direct) if bits else ()
+    inside = {"precision": _inside(method, bits)} if bits else {}
+    flex = ",flex" if method == "flex" else ""
+    tiles = [(tiled, tile or 4)]
+    if small and tiles[0][1] > 4:
+        tiles.insert(0, (small, 4))
+    return (*(dict(match=m, algorithm=f"winograd:{n}{flex}", **inside) for m, n in tiles), *direct)
+
+
+def _inside(method: str, bits: int) -> str | dict[str, dict]:
+    """The precision of a layer with transforms; the base of the transforms is not rounded."""
+    if method != "tap":
+        transforms = "" if method == "static" else f"t{bits}"
+        return f"minmax:w{bits}a{bits}si{bits}{transforms}o{bits}s"
+    around = dict(method="minmax", bits=bits)
+    taps = dict(method="lsq", bits=bits, per="tap", power_of_two=True)
+    return dict(
+        kernel=around,
+        **dict.fromkeys(("input", "output"), around | {"signed": True}),
+        **dict.fromkeys(("transformed_input", "transformed_kernel", "hadamard"), taps),
+    )
 
 
 def cifar(dataset: str = "cifar10"):

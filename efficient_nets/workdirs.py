@@ -118,10 +118,11 @@ def warm_start(run: Experiment, state: TrainState, folder: pathlib.Path) -> Trai
     """
     net = {"params": state.params, "stats": state.stats}
     net, left = restore_net(folder, net)
-    ranges = [path for path in left if "/ranges/" in path]
-    if ranges:  # as of a net in float, whose start every rounded net takes
-        logging.info("%d arrays of quantizers are not there, and start fresh.", len(ranges))
-    for path in sorted(left.keys() - set(ranges)):
+    # As of a net in float and direct, whose start every rounded or tiled net takes.
+    own = [path for path in left if "/ranges/" in path or "/transforms/" in path]
+    if own:
+        logging.info("%d arrays of quantizers or transforms are not there: fresh.", len(own))
+    for path in sorted(left.keys() - set(own)):
         logging.warning("%s %s: it starts fresh", path, left[path])
     return state._replace(**net, ema=experiment.average_from(run.config, **net))
 

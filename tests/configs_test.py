@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from efficient_nets import analysis, data, experiment, paths
+from efficient_nets import analysis, data, experiment, paths, pretraining
 from efficient_nets import config as configs
 from efficient_nets import train as training
 
@@ -50,6 +50,31 @@ def test_a_config_passes_the_check_and_names_the_command_that_runs_it(path):
         re.MULTILINE,
     )
     assert "RESULT" not in docstring  # the mark of a figure that is still to be filled in
+
+
+def arguments(path):
+    return re.findall(rf"--config=configs/{path.name}:(\S+)", path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("path", "argument"),
+    [(path, argument) for path in FILES for argument in arguments(path)],
+    ids=lambda value: getattr(value, "stem", value),
+)
+def test_every_argument_that_a_config_names_gives_a_config(path, argument):
+    configs.check(runpy.run_path(str(path))["get_config"](argument))
+
+
+def test_winograd_s_adaptation_is_the_experiment_stretched():
+    get_config = runpy.run_path(str(ROOT / "configs" / "winograd.py"))["get_config"]
+    config, adapts = get_config("direct,bits=0"), get_config("flex,adapt=120")
+    assert config.train.epochs == 120 and config.schedule.milestones == (72.0, 96.0)
+    assert adapts.train.epochs == 20 and adapts.schedule.milestones == (12.0, 16.0)
+    plain = pretraining.float_config(adapts)
+    differs = {line.split(":")[0] for line in configs.differences(plain, configs.to_json(config))}
+    # Rules that say nothing, and a period that this schedule does not have.
+    assert differs == {"layers", "schedule.period"}
+    assert all(rule.keys() == {"match"} for rule in plain.layers)
 
 
 @each_config

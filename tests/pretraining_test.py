@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from efficient_nets import config as configs
-from efficient_nets import data, experiment, pretraining, workdirs
+from efficient_nets import data, experiment, pretraining, recipes, workdirs
 from efficient_nets import train as training
 from efficient_nets.errors import UserError
 from tests.train_test import metrics, tiny
@@ -95,6 +95,61 @@ def test_a_net_of_signs_is_not_linear_in_float(preset, precision, activation):
     assert pretraining.float_config(config).model.activation == activation
 
 
+TILED = (
+    dict(match="conv1", algorithm="winograd:2,flex", kernel="dense"),
+    dict(match="conv2", algorithm="winograd:2", precision="minmax:w8a8si8t8o8s"),
+    dict(match="hidden", precision=dict(kernel=dict(method="lsq", bits=4))),
+)
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_the_first_run_is_direct(keeps):
+    changes = dict(layers=TILED, pretrain__epochs=1.0, pretrain__keep_precision=keeps)
+    plain = pretraining.float_config(tiny(model=configs.model("lenet", width=0.25), **changes))
+    configs.check(plain)
+    kept = (dict(precision="minmax:w8a8so8s"), dict(precision=TILED[2]["precision"]))
+    conv2, hidden = kept if keeps else ({}, {})
+    assert [dict(rule) for rule in plain.layers] == [
+        dict(match="conv1", kernel="dense"),
+        dict(match="conv2") | conv2,
+        dict(match="hidden") | hidden,
+    ]
+    assert plain.pretrain == configs.defaults().pretrain
+
+
+def test_the_tap_form_keeps_what_is_around_the_transforms():
+    rules = recipes.winograd("tap", bits=4)
+    config = tiny(
+        model=configs.model("resnet:winograd", blocks=(1, 1, 1, 1), width=0.0625),
+        **dict(layers=rules, pretrain__epochs=1.0, pretrain__keep_precision=True),
+    )
+    tiled, _ = pretraining.float_config(config).layers
+    assert tiled["precision"].keys() == {"kernel", "input", "output"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_tiled_net_starts_from_the_direct_one(keeps, tmp_path, caplog):
+    small = configs.model("lenet", width=0.125)
+    config = tiny(
+        **dict(model=small, layers=TILED, train__epochs=1.0),
+        **dict(pretrain__epochs=1.0, pretrain__keep_precision=keeps),
+    )
+    training.train(config, tmp_path)
+    run = experiment.build(config, data.load(config.data))
+    fresh = run.initial_state()
+    state = workdirs.warm_start(run, fresh, tmp_path / "float")
+    assert "starts fresh" not in caplog.text
+    plain = pretraining.float_config(config)
+    source = experiment.build(plain, data.load(plain.data))
+    saved = workdirs.restore_for_evaluation(source, tmp_path / "float", "newest")
+    jax.tree.map(
+        np.testing.assert_array_equal, state.params["conv1"]["w"], saved.params["conv1"]["w"]
+    )
+    for name, matrix in state.params["conv1"]["transforms"].items():
+        np.testing.assert_array_equal(matrix, fresh.params["conv1"]["transforms"][name])
+
+
 def test_a_net_in_float_of_another_config_is_not_taken(workdir):
     plain = pretraining.float_config(two_runs())
     assert pretraining.is_done(workdir / "float", plain)
@@ -107,8 +162,20 @@ def test_a_net_in_float_of_another_config_is_not_taken(workdir):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (dict(pretrain__epochs=1.0), "pretrain.epochs=1.0: no rule of layers has a precision"),
-        (dict(pretrain__learning_rate=0.2), "pretrain.epochs=0: then pretrain.learning_rate"),
+        (
+            dict(pretrain__epochs=1.0),
+            "pretrain.epochs=1.0: no rule of layers has a precision or an algorithm",
+        ),
+        (dict(pretrain__learning_rate=0.2), "pretrain.epochs=0: then the other fields"),
+        (dict(pretrain__keep_precision=True), "pretrain.epochs=0: then the other fields"),
+        (
+            dict(pretrain__epochs=1.0, pretrain__keep_precision=True, layers=ROUNDED),
+            "pretrain.keep_precision=True: no rule of layers has an algorithm",
+        ),
+        (
+            dict(pretrain__epochs=1.0, layers=(dict(match="conv", algorithm="direct"),)),
+            "pretrain.epochs=1.0: no rule of layers has a precision or an algorithm",
+        ),
         (
             dict(pretrain__epochs=1.0, checkpoint__init_from="x"),
             "checkpoint.init_from and pretrain.epochs: give one of them",

@@ -83,6 +83,121 @@ def test_quantized_knows_the_ends_of_every_net(name, first, options):
     assert {path for path, value in found.items() if str(value) == "float"} == {first, "head"}
 
 
+def converted(rules, name="resnet", **options):
+    """Its layers by path, none of which an idle rule would have let through."""
+    if name == "resnet":
+        options = models.preset("resnet", "winograd") | dict(blocks=(1, 1, 1, 1)) | options
+
+    def make():
+        model = models.create(
+            name, image_shape=(32, 32, 3), num_classes=10, rngs=nnx.Rngs(0), **options
+        )
+        return layers.convert(model, rules, jax.random.key(0))
+
+    return dict(layers.layers(nnx.eval_shape(make)))
+
+
+OUTER = {"kernel", "input", "output"}
+INSIDE = {"transformed_input", "transformed_kernel", "hadamard"}
+
+
+@pytest.mark.parametrize(
+    ("method", "bits", "sites"),
+    [
+        ("direct", 8, OUTER),
+        ("direct", 0, set()),
+        ("static", 8, OUTER | INSIDE),
+        ("static-rounded", 2, OUTER | INSIDE | {"transforms"}),
+        ("flex", 8, OUTER | INSIDE | {"transforms"}),
+        ("flex", 0, set()),
+        ("tap", 4, OUTER | INSIDE),
+    ],
+)
+def test_winograd_is_the_experiment_of_its_paper(method, bits, sites):
+    found = converted(recipes.winograd(method, bits=bits), width=1 / 16)
+    tiled = {path for path, layer in found.items() if layer.spec.algorithm != "direct"}
+    assert len(found) == 1 + 8 + 4 + 1
+    convs = {path for path in found if path.startswith("stage") and "shortcut" not in path}
+    assert tiled == (convs if method != "direct" else set()) and len(convs) == 8
+    for path, layer in found.items():
+        own = layer.spec.precision.quantizers
+        ends = path in ("stem", "head")
+        assert own.keys() == (set() if ends else sites if path in convs else sites & OUTER)
+        taps = INSIDE if method == "tap" else set()
+        for site, quantizer in own.items():
+            assert quantizer.signed and quantizer.levels == 2**bits
+            assert quantizer.per == ("tap" if site in taps else "layer")
+            assert quantizer.method == ("lsq" if site in taps else "minmax")
+            assert quantizer.power_of_two == (site in taps)
+        learned = {} if layer.transforms is None else layer.transforms
+        assert len(learned) == (3 if method == "flex" and path in convs else 0)
+
+
+@pytest.mark.parametrize(("tile", "tiles"), [(2, {2}), (0, {4}), (4, {4}), (6, {4, 6})])
+def test_maps_of_four_pixels_have_no_larger_tile(tile, tiles):
+    rules = recipes.winograd("static", tile=tile, bits=0)
+    found = converted(rules, width=1 / 16)
+    of_stage = {}
+    for path, layer in found.items():
+        if layer.spec.algorithm != "direct":
+            of_stage.setdefault(path[:6], set()).add(layer.spec.algorithm.tile)
+    assert set.union(*of_stage.values()) == tiles and of_stage.keys() >= {"stage1", "stage4"}
+    assert of_stage["stage4"] == {min(tiles)} and of_stage["stage3"] == {max(tiles)}
+
+
+@pytest.mark.parametrize(
+    ("name", "tiled", "options"),
+    [
+        ("resnext", 6, dict(width=1 / 16)),
+        ("squeezenet", 8, dict(width=1 / 16)),
+        ("lenet", 2, dict(width=1 / 8)),
+    ],
+)
+def test_winograd_knows_the_other_nets_of_its_paper(name, tiled, options):
+    found = converted(recipes.winograd("static", architecture=name), name, **options)
+    assert sum(layer.spec.algorithm != "direct" for layer in found.values()) == tiled
+    left = {path for path, layer in found.items() if not layer.spec.precision.quantizers}
+    assert left == {"stem", "head"} & found.keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(method="flax"), r"method='flax' is not known: .*mean 'flex'"),
+        (dict(method="flex", architecture="vgg"), r"architecture='vgg' is not known: .*lenet"),
+        (dict(method="flex", bits=1), r"bits=1: allowed 0 \(float\), 2 to 8"),
+        (dict(method="flex", bits=9), r"bits=9: allowed"),
+        (dict(method="tap", bits=0), r"bits=0 with method='tap': there is nothing to round"),
+        (dict(method="static-rounded", bits=0), r"bits=0 with method='static-rounded': "),
+        (dict(method="direct", tile=4), r"tile=4 with method='direct': it has no tiles"),
+    ],
+)
+def test_what_winograd_cannot_be_is_named(arguments, message):
+    with pytest.raises(UserError, match=message):
+        recipes.winograd(**arguments)
+
+
+def test_a_config_s_argument_is_read_by_its_defaults():
+    defaults = dict(method="flex", tile=4, width=0.5)
+    assert recipes.arguments("flex", **defaults) == defaults
+    assert recipes.arguments("tap,width=1", **defaults) == dict(method="tap", tile=4, width=1.0)
+    assert recipes.arguments("tile=6,method=x", **defaults) == dict(defaults, tile=6, method="x")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("flex,6", r"argument 'flex,6': '6' is no key=value"),
+        ("flex,tyle=6", r"argument has no field 'tyle'.*mean 'tile'"),
+        ("flex,tile=6,tile=4", r"argument 'flex,tile=6,tile=4': 'tile' is given twice"),
+        ("flex,tile=six", r"argument 'flex,tile=six': tile takes a int, not 'six'"),
+    ],
+)
+def test_a_config_s_argument_is_checked(text, message):
+    with pytest.raises(UserError, match=message):
+        recipes.arguments(text, method="flex", tile=4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -22,15 +22,19 @@ from efficient_nets.models.nin import NiN
 from efficient_nets.models.pinet import PiNet, PiResNet
 from efficient_nets.models.quadranet import QuadraNet
 from efficient_nets.models.resnet import ResNet
+from efficient_nets.models.resnext import ResNeXt
+from efficient_nets.models.squeezenet import SqueezeNet
 from efficient_nets.models.vgg import VGG
 
 MODELS = {
     "lenet": LeNet,
     "vgg": VGG,
     "resnet": ResNet,
+    "resnext": ResNeXt,
     "mobilenet": MobileNet,
     "mobilenet_v2": MobileNetV2,
     "nin": NiN,
+    "squeezenet": SqueezeNet,
     "pinet": PiNet,
     "pinet_resnet": PiResNet,
     "quadranet": QuadraNet,

@@ -165,13 +165,30 @@ class Block(nnx.Module):
 
     Subclasses list in `CONVS` their convolutions: channels as a multiple of the width, kernel, and
     whether it has the block's stride. The last one's multiple is the block's `expansion`.
+
+    Args:
+      in_features: Channels of the input.
+      width: The block's width.
+      strides: Of one of its convolutions.
+      style: What the blocks of a net have in common.
+      inner: Channels between its convolutions, where `CONVS` is not to say them.
+      groups: Of its convolutions of more than one tap.
+      rngs: Source of the initial values.
     """
 
     CONVS: tuple[tuple[int, int, bool], ...]
     expansion = 1
 
     def __init__(
-        self, in_features: int, width: int, strides: int, *, style: Style = Style(), rngs: nnx.Rngs
+        self,
+        in_features: int,
+        width: int,
+        strides: int,
+        *,
+        style: Style = Style(),
+        inner: int = 0,
+        groups: int = 1,
+        rngs: nnx.Rngs,
     ):
         features = self.expansion * width
         self.style, self.strides, self.features = style, strides, features
@@ -184,12 +201,14 @@ class Block(nnx.Module):
                 self.shortcut_norm = style.make_norm(features, rngs=rngs)
         before = in_features
         for number, (times, kernel, strided) in enumerate(self.CONVS, start=1):
-            after, last = times * width, number == len(self.CONVS)
+            last = number == len(self.CONVS)
+            after = inner if inner and not last else times * width
             conv = parts.conv(
                 before,
                 after,
                 kernel,
                 strides=strides if strided else 1,
+                groups=groups if kernel > 1 else 1,
                 kernel_init=style.kernel_init(len(self.CONVS), last),
                 rngs=rngs,
             )

@@ -1,5 +1,6 @@
-"""ResNet (arXiv 1512.03385) in its two forms: for CIFAR, and for ImageNet; papers' variants."""
+"""ResNet (arXiv 1512.03385) for CIFAR and for ImageNet, and variants of papers."""
 
+import jax
 from flax import nnx
 from jax import Array
 
@@ -9,12 +10,20 @@ from efficient_nets.models import parts
 from efficient_nets.models.group_net import Group
 from efficient_nets.models.residual import BasicBlock, Bottleneck, Scalars, Style
 
-# Channels of the stages; the stem has as many as the first.
-CHANNELS = {"cifar": (16, 32, 64), "imagenet": (64, 128, 256, 512)}
+# Channels of the stages.
+CHANNELS = {"cifar": (16, 32, 64), **dict.fromkeys(("cifar4", "imagenet"), (64, 128, 256, 512))}
 IMAGENET_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 # Kernel and stride of the first convolution, the squares of pixels that it reads as one, and
 # whether a max pooling follows. 's2d' is TResNet's, arXiv 2003.13630.
-STEMS = {"cifar": (3, 1, 1, False), "imagenet": (7, 2, 1, True), "s2d": (3, 1, 4, False)}
+STEMS = {
+    **dict.fromkeys(("cifar", "cifar4"), (3, 1, 1, False)),
+    "imagenet": (7, 2, 1, True),
+    "s2d": (3, 1, 4, False),
+}
+DOWNSAMPLES = {
+    "stride": "the first block of a stage has stride 2",
+    "maxpool": "2x2 maxima in front of it, so that every convolution of a block has stride 1",
+}
 
 # Options by the name of what they come from. What is rounded is not in them: `recipes.quantized`.
 PRESETS = {
@@ -32,6 +41,8 @@ PRESETS = {
     "groupnet": dict(order="cabs", skip="block", bases=5, soft_gates=True),
     # arXiv 1901.09321.
     "fixup": dict(order="cbsa", skip="block", shortcut="conv", norm="fixup"),
+    # arXiv 2002.10711, at depth 18: the 3x3 convolutions of its blocks have stride 1.
+    "winograd": dict(layout="cifar4", stem_features=32, downsample="maxpool"),
 }
 
 
@@ -39,16 +50,20 @@ class ResNet(nnx.Module):
     """`stem`, stages `stage1`, `stage2`, ... of blocks, a global mean, `head`; no conv has a bias.
 
     Layout 'cifar': 3x3 stem, three stages of basic blocks. Layout 'imagenet': 7x7 stem at stride 2,
-    3x3 max pooling, four stages. A stage after the first starts with stride 2. 466,906 parameters
-    for depth 32 and 10 classes, 25,557,032 for depth 50 and 1000 classes.
+    3x3 max pooling, four stages. Layout 'cifar4' has the stem of the first and the stages of the
+    second. A stage after the first starts with stride 2. 466,906 parameters for depth 32 and 10
+    classes, 25,557,032 for depth 50 and 1000 classes; preset 'winograd' at depth 18 and width 0.5
+    has 2,797,610.
 
     Args:
-      image_shape: `(H, W, C)`, any size; multiples of 4 for stem 's2d'.
+      image_shape: `(H, W, C)`, any size; multiples of 4 for stem 's2d', and with downsample
+        'maxpool' no less than what its poolings leave a pixel of.
       num_classes: Number of logits.
-      layout: 'cifar' or 'imagenet'.
-      depth: 6n + 2 for 'cifar'; 18, 34, 50 or 101 for 'imagenet'. 50 and 101 have bottlenecks.
+      layout: 'cifar', 'cifar4' or 'imagenet'.
+      depth: 6n + 2 for 'cifar'; 18, 34, 50 or 101 for the others, where 50 and 101 have
+        bottlenecks.
       blocks: In place of depth, the number of basic blocks of each stage, as (2, 2, 2).
-      width: Multiplies all channel numbers but the image's.
+      width: Multiplies all channel numbers but the image's and `stem_features`.
       zero_init_gamma: Starts the scale of each block's last norm at 0, so that every block starts
         as its shortcut.
       activation: What stands in for ReLU, also behind a block's sum; a key of `parts.ACTIVATIONS`,
@@ -60,6 +75,8 @@ class ResNet(nnx.Module):
         see `residual.Style`; with it the head starts at 0.
       pre_norm: Norm and activation stand before the global mean, and not behind the stem.
       stem: The stem of a layout, or 's2d', where 4x4 pixels are one; 'layout' for the net's own.
+      stem_features: Channels of the stem, whatever the width; 0: as many as the first stage.
+      downsample: What halves the image between stages, a key of `DOWNSAMPLES`.
       bases: Blocks side by side in place of each one, see `group_net.Group`.
       soft_gates: Gates between these.
       rngs: Source of the initial values.
@@ -82,6 +99,8 @@ class ResNet(nnx.Module):
         norm: str = "batch",
         pre_norm: bool = False,
         stem: str = "layout",
+        stem_features: int = 0,
+        downsample: str = "stride",
         bases: int = 1,
         soft_gates: bool = False,
         rngs: nnx.Rngs,
@@ -89,24 +108,32 @@ class ResNet(nnx.Module):
         widths = names.pick("model.layout", layout, CHANNELS)
         widths = [parts.scaled(features, width) for features in widths]
         blocks = _blocks(layout, depth, tuple(blocks))
-        make = Bottleneck if depth in (50, 101) and layout == "imagenet" else BasicBlock
+        make = Bottleneck if depth in (50, 101) and layout != "cifar" else BasicBlock
         style = Style(order, skip, shortcut, activation, norm, depth=sum(blocks))
-        _check(style, make, zero_init_gamma, pre_norm, bases, soft_gates)
+        names.pick("model.downsample", downsample, DOWNSAMPLES)
+        self.halves = downsample == "maxpool"
+        if stem_features < 0:
+            raise UserError(f"model.stem_features={stem_features}: must be at least 0")
+        _check(style, make, zero_init_gamma, pre_norm, bases, soft_gates, self.halves)
         stems = STEMS | {"layout": STEMS[layout]}
         kernel, strides, self.square, self.pools = names.pick("model.stem", stem, stems)
         self.stages, self.bases = len(blocks), bases
+        if self.halves:
+            of_stem = (strides * self.square).bit_length() - 1 + self.pools
+            parts.check_size(image_shape, of_stem + self.stages - 1)
 
+        channels = stem_features or widths[0]
         self.stem = parts.conv(
-            image_shape[-1] * self.square**2, widths[0], kernel, strides=strides, rngs=rngs
+            image_shape[-1] * self.square**2, channels, kernel, strides=strides, rngs=rngs
         )
         self.stem_norm = self.final_norm = nnx.data(None)
         if not pre_norm:
-            self.stem_norm = style.make_norm(widths[0], rngs=rngs)
-        channels = widths[0]
+            self.stem_norm = style.make_norm(channels, rngs=rngs)
+        follows = channels
         for number, (count, features) in enumerate(zip(blocks, widths, strict=True), start=1):
             stage = nnx.List([])
             for index in range(count):
-                strides = 2 if number > 1 and index == 0 else 1
+                strides = 2 if number > 1 and index == 0 and not self.halves else 1
 
                 def block(rngs, shape=(channels, features, strides)):
                     made = make(*shape, style=style, rngs=rngs)
@@ -124,7 +151,7 @@ class ResNet(nnx.Module):
             setattr(self, f"stage{number}", stage)
         if pre_norm:
             self.final_norm = style.make_norm(channels, rngs=rngs)
-        follows = channels if pre_norm else widths[0]
+            follows = channels
         self.activation = parts.channel_activation(activation, follows, rngs=rngs)
         self.head_shift = nnx.data(Scalars(scale=False) if style.fixup else None)
         start = nnx.initializers.zeros if style.fixup else parts.head_init
@@ -140,6 +167,8 @@ class ResNet(nnx.Module):
         if self.bases > 1:
             x = (x,) * self.bases
         for number in range(1, self.stages + 1):
+            if self.halves and number > 1:
+                x = jax.tree.map(parts.max_pool2, x)  # of each base, where there are several
             for block in getattr(self, f"stage{number}"):
                 x = block(x)
         if self.bases > 1:
@@ -150,7 +179,7 @@ class ResNet(nnx.Module):
         return self.head(x if self.head_shift is None else self.head_shift(x))
 
 
-def _check(style, make, zero_init_gamma, pre_norm, bases, soft_gates) -> None:
+def _check(style, make, zero_init_gamma, pre_norm, bases, soft_gates, halves) -> None:
     """Raises a UserError on options that do not go together."""
     if style.skip == "conv" and make is not BasicBlock:
         raise UserError(
@@ -178,6 +207,11 @@ def _check(style, make, zero_init_gamma, pre_norm, bases, soft_gates) -> None:
         raise UserError(f"model.bases={bases}: must be at least 1")
     if soft_gates and bases == 1:
         raise UserError("model.soft_gates=True: with model.bases=1 there is nothing to choose from")
+    if halves and style.shortcut == "pool":
+        raise UserError(
+            "model.shortcut='pool' with model.downsample='maxpool': no block has a stride that it "
+            "could pool for; allowed 'conv', 'pad'"
+        )
 
 
 def _blocks(layout: str, depth: int, blocks: tuple[int, ...]) -> tuple[int, ...]:
@@ -191,10 +225,10 @@ def _blocks(layout: str, depth: int, blocks: tuple[int, ...]) -> tuple[int, ...]
                 f"model.blocks={blocks}: layout {layout!r} needs {stages} numbers, each at least 1"
             )
         return blocks
-    if layout == "imagenet":
+    if layout != "cifar":
         if depth not in IMAGENET_BLOCKS:
             allowed = ", ".join(map(str, IMAGENET_BLOCKS))
-            raise UserError(f"model.depth={depth}: allowed for layout 'imagenet': {allowed}")
+            raise UserError(f"model.depth={depth}: allowed for layout {layout!r}: {allowed}")
         return IMAGENET_BLOCKS[depth]
     if depth < 8 or depth % 6 != 2:
         raise UserError(

@@ -11,7 +11,7 @@ from flax import nnx
 
 from efficient_nets import layers, models, paths
 from efficient_nets.errors import UserError
-from efficient_nets.models import mobilenet, mobilenet_v2, resnet, vgg
+from efficient_nets.models import mobilenet, mobilenet_v2, resnet, resnext, squeezenet, vgg
 
 QUADRATIC = dict(neuron="ours", norm="branch")
 # Options that make each architecture small, the image it takes, and its quadratic layers.
@@ -22,6 +22,8 @@ SMALL = {
     "mobilenet": (dict(layout="q8", width=0.0625), (17, 25, 3), "depthwise|pointwise"),
     "mobilenet_v2": (dict(layout="cifar", width=0.0625), (17, 25, 3), "depthwise|project"),
     "nin": (dict(width=0.03), (9, 13, 3), "blocks"),
+    "resnext": (dict(depth=11, cardinality=2, base_width=8, width=0.125), (9, 13, 3), "conv2"),
+    "squeezenet": (dict(width=0.125), (9, 13, 3), "expand3"),
     "pinet": (dict(form="ncp", degree=3, hidden=8), (5, 4, 3), "factors|states"),
     "pinet_resnet": (dict(blocks=(1, 1), width=0.0625), (9, 13, 3), r"stage\d/.*/conv\d"),
     "quadranet": (dict(depths=(1, 1, 1, 1), width=1 / 24), (9, 13, 3), "depthwise"),
@@ -89,6 +91,10 @@ def count(*args, **kwargs):
         (44_549_160, "resnet", dict(layout="imagenet", depth=101, num_classes=1000)),
         (4_231_976, "mobilenet", dict(layout="v1", num_classes=1000)),
         (3_504_872, "mobilenet_v2", dict(num_classes=1000)),  # torchvision's
+        (1_235_496, "squeezenet", dict(layout="imagenet", num_classes=1000)),  # torchvision's
+        # The published 34.4M and 68.1M of arXiv 1611.05431, table 7.
+        (34_426_698, "resnext", dict(depth=29, base_width=64)),
+        (68_155_210, "resnext", dict(depth=29, base_width=64, cardinality=16)),
         (966_986 + 2_816, "nin", {}),  # arXiv 1312.4400's code, and the norms
         # 4,574,592 weights in convolutions, a dense layer of 8192 to 10, the norms.
         (4_574_592 + 81_930 + 3_584, "vgg", dict(layout="small")),
@@ -118,6 +124,7 @@ def test_vgg_11_counts_its_layers():
 def test_names_of_layers_are_stable(monkeypatch):
     """Rules, checkpoints and configs depend on these names."""
     monkeypatch.setitem(mobilenet_v2.LAYOUTS, "cifar", SHORT_V2)
+    monkeypatch.setattr(squeezenet, "FIRES", squeezenet.FIRES[1:3])
     basic = ["conv1", "conv2"]
     projected = [*basic, "shortcut"]
     expected = {
@@ -142,6 +149,15 @@ def test_names_of_layers_are_stable(monkeypatch):
             *("head", "last", "stem"),
         ],
         "nin": [*(f"blocks/{i}/conv" for i in range(7)), "head", "stem"],
+        "resnext": [
+            "head",
+            *(f"stage{s}/0/{n}" for s in (1, 2, 3) for n in (*basic, "conv3", "shortcut")),
+            "stem",
+        ],
+        "squeezenet": [
+            *(f"blocks/{i}/{n}" for i in (0, 1) for n in ("expand1", "expand3", "squeeze")),
+            *("head", "stem"),
+        ],
         "pinet": [*(f"factors/{i}" for i in range(3)), "head", "states/0", "states/1"],
         "pinet_resnet": [
             "head",
@@ -177,6 +193,8 @@ def test_logits_follow_the_input_and_gradients_reach_every_parameter(name, form,
     monkeypatch.setitem(vgg.LAYOUTS, "Q7", ((64,), (128,)))
     monkeypatch.setitem(mobilenet.LAYOUTS, "q8", ((64, 1), (128, 2)))
     monkeypatch.setitem(mobilenet_v2.LAYOUTS, "cifar", SHORT_V2)
+    monkeypatch.setattr(squeezenet, "FIRES", squeezenet.FIRES[1:3])
+    monkeypatch.setattr(resnext, "STAGES", 2)
     model, image_shape = small(name, form, arrays)
     graph, params, stats = nnx.split(model, nnx.Param, ...)
     images = jax.random.normal(jax.random.key(2), (8, *image_shape))
@@ -218,6 +236,8 @@ def test_bfloat16_products_give_bfloat16_logits(name):
         ("mobilenet", SMALL["mobilenet"][0], [(1, 1), (8, 8), (64, 97)]),
         ("mobilenet_v2", SMALL["mobilenet_v2"][0], [(1, 1), (8, 8), (64, 97)]),
         ("nin", SMALL["nin"][0], [(1, 1), (8, 8), (64, 97)]),
+        ("resnext", SMALL["resnext"][0], [(1, 1), (8, 8), (31, 64)]),
+        ("squeezenet", SMALL["squeezenet"][0], [(1, 1), (8, 8), (31, 64)]),
         ("pinet_resnet", SMALL["pinet_resnet"][0], [(1, 1), (8, 8), (31, 64)]),
         ("quadranet", SMALL["quadranet"][0], [(1, 1), (8, 8), (64, 97)]),
     ],
@@ -320,6 +340,17 @@ def test_options_are_what_a_config_can_hold(name):
         ("lenet", dict(image_shape=(28, 28)), r"image_shape=\(28, 28\): give \(height"),
         ("lenet", dict(num_classes=0), r"num_classes=0: must be at least 1"),
         ("mobilenet", dict(stem_strides=3), r"model\.stem_strides=3: allowed 0"),
+        ("resnext", dict(depth=21), r"model\.depth=21: allowed 11, 20, 29, .*9n \+ 2"),
+        ("resnext", dict(cardinality=0), r"model\.cardinality=0: must be at least 1"),
+        ("resnext", dict(base_width=0), r"model\.base_width=0: must be at least 1"),
+        ("resnext", dict(downsample="pool"), r"model\.downsample='pool'.*allowed maxpool, stride"),
+        (
+            "resnext",
+            dict(downsample="maxpool", image_shape=(3, 8, 3)),
+            r"image_shape=\(3, 8, 3\).* at least 4",
+        ),
+        ("squeezenet", dict(layout="cifra"), r"model\.layout='cifra'.*mean 'cifar'"),
+        ("squeezenet", dict(norm="btach"), r"model\.norm='btach'.*mean 'batch'"),
         ("mobilenet", dict(layout="q9"), r"model\.layout='q9' is not known: allowed q8, v1"),
     ],
 )

@@ -63,6 +63,21 @@ RESNET_18 = [
     ("head", 512, 10, 0, 1, 1),
 ]
 
+# WinogradAwareNets' ResNet-18 (arXiv 2002.10711), half as wide but for the stem: 2x2 maxima in
+# front of stages 2 to 4, and no stride.
+WINOGRAD_18 = [
+    ("stem", 3, 32, 3, 1, 32),
+    *_block("stage1/0", 32, 32, 1, 32, False),
+    *_block("stage1/1", 32, 32, 1, 32, False),
+    *_block("stage2/0", 32, 64, 1, 16, True),
+    *_block("stage2/1", 64, 64, 1, 16, False),
+    *_block("stage3/0", 64, 128, 1, 8, True),
+    *_block("stage3/1", 128, 128, 1, 8, False),
+    *_block("stage4/0", 128, 256, 1, 4, True),
+    *_block("stage4/1", 256, 256, 1, 4, False),
+    ("head", 256, 10, 0, 1, 1),
+]
+
 
 def bases(block_layers, number):
     """The list of a Group-Net: stem and head once, each block `number` times."""
@@ -93,6 +108,7 @@ RESNETS = (
         ]
         for options, net in ((CIFAR, RESNET_20), (IMAGENET, RESNET_18))
     }
+    | {("winograd", (("depth", 18), ("width", 0.5))): WINOGRAD_18}
     | {("groupnet", CIFAR): bases(RESNET_20, 5), ("groupnet", IMAGENET): bases(RESNET_18, 5)}
 )
 
@@ -136,11 +152,46 @@ SEPARABLE = [
     *((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2)),
     *((512, 1), (512, 1), (512, 1), (512, 1), (512, 1), (1024, 2), (1024, 1)),
 ]
+
+
+def grouped_bottlenecks(cardinality, base_width, blocks):
+    """ResNeXt for CIFAR, arXiv 1611.05431, section 5.3: C x d, so many blocks a stage."""
+    found, before, side = [("stem", 3, 64, 3, 1, 32)], 64, 32
+    for stage in (1, 2, 3):
+        inner, after = cardinality * base_width * 2 ** (stage - 1), 128 * 2**stage
+        for index in range(blocks):
+            path, stride = f"stage{stage}/{index}", 2 if stage > 1 and index == 0 else 1
+            if index == 0:
+                found.append((f"{path}/shortcut", before, after, 1, stride, side // stride))
+            found.append((f"{path}/conv1", before, inner, 1, 1, side))
+            side //= stride
+            found.append((f"{path}/conv2", inner, inner, 3, stride, side))
+            found.append((f"{path}/conv3", inner, after, 1, 1, side))
+            before = after
+    return [*found, ("head", before, 10, 0, 1, 1)]
+
+
+def fires(stem_stride, sides):
+    """SqueezeNet v1.1 by its authors' prototxt, on maps of these sides."""
+    table = ((16, 64), (16, 64), (32, 128), (32, 128), (48, 192), (48, 192), (64, 256), (64, 256))
+    found, before = [("stem", 3, 64, 3, stem_stride, sides[0])], 64
+    for index, ((squeezed, expanded), side) in enumerate(zip(table, sides[1:], strict=True)):
+        path = f"blocks/{index}"
+        found.append((f"{path}/squeeze", before, squeezed, 1, 1, side))
+        found.append((f"{path}/expand1", squeezed, expanded, 1, 1, side))
+        found.append((f"{path}/expand3", squeezed, expanded, 3, 1, side))
+        before = 2 * expanded
+    return [*found, ("head", before, 10, 1, 1, sides[-1])]
+
+
 # By model, options and image side.
 OTHERS = {
     ("mobilenet", "v1", 224): separable(SEPARABLE),
     ("mobilenet_v2", "imagenet", 224): inverted(TABLE, 2, 224),
     ("mobilenet_v2", "cifar", 32): inverted([TABLE[0], (6, 24, 2, 1), *TABLE[2:]], 1, 32),
+    ("resnext", "", 32): grouped_bottlenecks(8, 16, 2),
+    ("squeezenet", "imagenet", 224): fires(2, (112, 56, 56, 28, 28, *(14,) * 4)),
+    ("squeezenet", "cifar", 32): fires(1, (32, 32, 32, 16, 16, *(8,) * 4)),
     # LQ-Nets, arXiv 1807.10029: 2x(128C3), MP2, 2x(256C3), MP2, 2x(512C3), MP2, dense.
     ("vgg", "small", 32): [
         ("stage1/0/conv", 3, 128, 3, 1, 32),

@@ -279,12 +279,51 @@ def test_every_preset_has_a_layer_list():
         (269_722, dict(depth=20, shortcut="pad")),
         (1_727_962, dict(depth=110, shortcut="pad")),
         (11_689_512, dict(layout="imagenet", depth=18, classes=1000)),
+        # kuangliu/pytorch-cifar's ResNet-18 and ResNet-50.
+        (11_173_962, dict(layout="cifar4", depth=18)),
+        (23_520_842, dict(layout="cifar4", depth=50)),
         (11_689_512, dict(layout="imagenet", depth=18, classes=1000, norm="group")),
         (11_689_512, dict(layout="imagenet", depth=18, classes=1000, norm="frozen")),
     ],
 )
 def test_parameter_counts(params, options):
     assert count(shapes(**options)) == params
+
+
+@pytest.mark.parametrize(
+    ("width", "millions", "exact"),
+    [(0.125, ".179", 0), (0.25, ".705", 0), (0.5, "2.798", 2_797_610), (1.0, "11.16", 0)],
+)
+def test_winograd_s_net_has_the_parameters_of_its_source(width, millions, exact):
+    found = count(shapes(**resnet.PRESETS["winograd"], depth=18, width=width))
+    digits = len(millions.partition(".")[2])
+    assert f"{found / 1e6:.{digits}f}".removeprefix("0") == millions
+    assert not exact or found == exact
+
+
+def test_each_base_of_a_group_is_pooled():
+    plain, grouped = (
+        published.traced(shapes(**TINY, bases=bases, downsample="maxpool"), (32, 32, 3))
+        for bases in (1, 2)
+    )
+    assert [side for *_, side in plain if side < 32] == [16] * 3 + [8] * 3 + [1]
+    assert grouped == published.bases(plain, 2)
+
+
+@pytest.mark.parametrize(("skip", "shortcut"), [("block", "conv"), ("conv", "pad")])
+def test_max_pooling_stands_in_front_of_a_stage(skip, shortcut):
+    options = dict(skip=skip, shortcut=shortcut, downsample="maxpool", stem_features=3)
+    model = drawn(lambda: shapes(**TINY, **options))
+    x = jax.random.normal(jax.random.key(0), (2, 9, 13, 3))
+    y = nnx.relu(model.stem_norm(model.stem(x)))
+    assert y.shape == (2, 9, 13, 3)
+    for stage in (model.stage1, model.stage2, model.stage3):
+        if stage is not model.stage1:
+            y = nnx.max_pool(y, (2, 2), strides=(2, 2))
+        y = stage[0](y)
+        assert stage[0].strides == 1
+    assert y.shape[1:3] == (2, 3)
+    np.testing.assert_allclose(model(x), model.head(y.mean((1, 2))), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("norm", ["group", "instance"])
@@ -329,6 +368,20 @@ def test_s2d_stem_reads_squares_as_pixels():
         (dict(order="bacs", zero_init_gamma=True), r"model\.order='bacs'.*allowed .* cabs, cbsa"),
         (dict(bases=0), r"model\.bases=0: must be at least 1"),
         (dict(soft_gates=True), r"model\.soft_gates=True: with model\.bases=1"),
+        (dict(stem_features=-1), r"model\.stem_features=-1: must be at least 0"),
+        (dict(downsample="max"), r"model\.downsample='max' .*allowed maxpool, stride"),
+        (
+            dict(downsample="maxpool", shortcut="pool"),
+            r"model\.shortcut='pool' with model\.downsample='maxpool': .*allowed 'conv', 'pad'",
+        ),
+        (
+            dict(downsample="maxpool", image_shape=(3, 8, 3)),
+            r"image_shape=\(3, 8, 3\).*halves images 2 times.* at least 4",
+        ),
+        (
+            dict(downsample="maxpool", stem="s2d", image_shape=(8, 8, 3)),
+            r"image_shape=\(8, 8, 3\).*halves images 4 times.* at least 16",
+        ),
     ],
 )
 def test_bad_options_are_named(options, message):
