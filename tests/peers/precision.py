@@ -236,14 +236,14 @@ def available(names: Iterable[str]) -> list[str]:
     kept = []
     for name in names:
         row = row_of(name)
-        if lacking := [package for package in row.needs if not _is_here(package)]:
+        if lacking := [package for package in row.needs if not available_package(package)]:
             print(f"{name}: left out, as {', '.join(lacking)} cannot be imported", file=sys.stderr)
             continue
         kept += [row.float_row, name]
     return list(dict.fromkeys(kept))
 
 
-def _is_here(package: str) -> bool:
+def available_package(package: str) -> bool:
     try:
         importlib.import_module(package)
     except ImportError:
