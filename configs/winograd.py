@@ -26,6 +26,8 @@ def get_config(text: str = "flex"):
     config = configs.defaults()
     config.model = configs.model("resnet:winograd", depth=18, width=given["width"])
     config.layers = recipes.winograd(given["method"], tile=given["tile"], bits=given["bits"])
+    if given["method"] == "tap":
+        config.calibration.how = "minmax"  # LSQ's own start is too coarse for 8 bits
     config.data.name = given["dataset"]
     config.data.train, config.data.validation = "train[:90%]", "train[90%:]"
     config.data.crop, config.data.flip = 4, True

@@ -136,8 +136,9 @@ def winograd(
     """Rules for `config.layers` that make a net Winograd-aware, as arXiv 2002.10711 does.
 
     Kernels, inputs, outputs and what is inside of transforms have the same bits, each site its own
-    range around 0: the moving average of the largest magnitude, 'tap' but for the steps of each
-    tap, learned as LSQ's and rounded to powers of two (Andri et al., arXiv 2209.12982). Stem and
+    range around 0: the moving average of the largest magnitude. With 'tap' what is multiplied has a
+    step for each tap, learned as LSQ's and rounded to a power of two, and the sums of the products
+    are not rounded (Andri et al., arXiv 2209.12982, which holds them in int32). Stem and
     head are float, convolutions of one tap direct. The architecture 'resnet' is that of preset
     'winograd'.
 
@@ -180,7 +181,7 @@ def _inside(method: str, bits: int) -> str | dict[str, dict]:
     return dict(
         kernel=around,
         **dict.fromkeys(("input", "output"), around | {"signed": True}),
-        **dict.fromkeys(("transformed_input", "transformed_kernel", "hadamard"), taps),
+        **dict.fromkeys(("transformed_input", "transformed_kernel"), taps),
     )
 
 

@@ -43,7 +43,7 @@ def calibrate(model: nnx.Module, *inputs, how: str = "own") -> nnx.Module:
             y = linear.without_norm(x, layer)
             found[path]["output"] = quantizers.calibrate(precision.output, y, how)
         if precision.inner:
-            for (site, name), values in layer.inner_values(x).items():
+            for (site, name), values in layer.inner_values(x, precision).items():
                 quantizer = precision.quantizers.get(site)
                 if quantizer is not None:
                     name = branch_maps.inner_name(site, name)

@@ -16,6 +16,7 @@ from efficient_nets.layers.collect import add, wanted
 from efficient_nets.layers.geometry import Geometry, Initializer, padding_of, per_axis
 from efficient_nets.layers.spec import LayerSpec
 from efficient_nets.ops import branch_maps, linear_maps, quadratic, quantizers, winograd
+from efficient_nets.ops.precision import Precision
 
 lecun_normal = nnx.initializers.lecun_normal()
 kaiming_normal = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
@@ -63,7 +64,8 @@ class Layer(nnx.Module):
         made = precisions.make(self.geometry, self.spec.precision, branches, rngs)
         if self.spec.precision.inner:
             x = precisions.typical_images(self.geometry, self.spec.precision.input)
-            made |= precisions.inner(self.inner_values(x), self.spec.precision, rngs)
+            values = self.inner_values(x, self.spec.precision)
+            made |= precisions.inner(values, self.spec.precision, rngs)
         self.ranges = nnx.data(nnx.Dict(made) if made else None)
 
     def respecify(self, spec: LayerSpec, rngs: nnx.Rngs) -> None:
@@ -127,11 +129,11 @@ class Layer(nnx.Module):
             )
         return winograd.WinogradMap(direct, self.spec.algorithm)
 
-    def inner_values(self, x: Array) -> dict[tuple[str, str], Array]:
+    def inner_values(self, x: Array, precision: Precision) -> dict[tuple[str, str], Array]:
         """What comes to each site inside of the map's transforms, nothing being rounded.
 
         By the site and the name of what is there, see `ops.winograd.apply`; x as the layer reads
-        it.
+        it. The precision says which sites are asked for.
         """
         found = {}
 
@@ -143,7 +145,7 @@ class Layer(nnx.Module):
             branches = tuple(self.spec.branches[i] for i in positions)
             kernels = [getattr(self, name).kernel[...] for name in branches]
             branch_maps.transformed_map(
-                self.linear_map, (kind, branches), x, kernels, ranges, visit
+                self.linear_map, precision, (kind, branches), x, kernels, ranges, visit
             )
         return found
 

@@ -52,7 +52,9 @@ def transform_layer(layer: linear.Layer) -> None:
     for name in layer.spec.branches:
         kernel = layer.rounded_kernel(name)
         exact = kernel.astype(linear_maps.wide(kernel.dtype))
-        made = winograd.transformed_kernel(static, exact, matrices, visit, name)
+        made = winograd.transformed_kernel(
+            static, exact, matrices, visit, name, stepwise=sites.between is not None
+        )
         getattr(layer, name).kernel = nnx.Param(made.astype(kernel.dtype))
     layer.spec = dataclasses.replace(
         layer.spec,

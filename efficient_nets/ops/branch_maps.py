@@ -26,7 +26,7 @@ from efficient_nets.ops.precision import Precision
 from efficient_nets.ops.quantizers import Arrays, Quantizer
 from efficient_nets.ops.quantizers.spec import Rounded
 from efficient_nets.ops.straight_through import straight_through
-from efficient_nets.ops.winograd import WinogradMap, apply
+from efficient_nets.ops.winograd import PRODUCTS, WinogradMap, apply
 
 # What a map computes with beside kernels, by name: the arrays of each site's quantizer, of 'kernel'
 # a tuple, one a branch; of a site inside of transforms under `inner_name`; `LEARNED` transforms.
@@ -154,8 +154,13 @@ def _inside(precision: Precision, ranges: Ranges) -> list[str]:
 
 
 # The transforms are computed again in the backward pass: transformed tiles are (a/m)^2 as large as
-# what they are made of.
-@functools.partial(jax.checkpoint, static_argnums=(0, 1, 2, 3))
+# what they are made of. The products are not, where it needs them (learned transforms, clipped
+# sums): they cost as much as the convolution.
+@functools.partial(
+    jax.checkpoint,
+    static_argnums=(0, 1, 2, 3),
+    policy=jax.checkpoint_policies.save_only_these_names(PRODUCTS),
+)
 def _transformed(
     linear_map: WinogradMap, precision: Precision, names, observes: bool, x, kernels, ranges
 ):
@@ -176,14 +181,18 @@ def _transformed(
             found = found._replace(codes=found.codes.astype(dtype))
         return found
 
-    return transformed_map(linear_map, names, x, kernels, ranges, visit), moved
+    z = transformed_map(linear_map, precision, names, x, kernels, ranges, visit)
+    return z, moved
 
 
-def transformed_map(linear_map: WinogradMap, names, x, kernels, ranges: Ranges, visit) -> Array:
+def transformed_map(
+    linear_map: WinogradMap, precision: Precision, names, x, kernels, ranges: Ranges, visit
+) -> Array:
     """`ops.winograd.apply` of what a kind of branches reads: `names` are the kind and theirs."""
     matrices = linear_map.constants() if LEARNED not in ranges else ranges[LEARNED].learned
     x = x * x if names[0] == "square" else x
-    return apply(linear_map, x, kernels, matrices, visit, names)
+    stepwise = precision.between is not None
+    return apply(linear_map, x, kernels, matrices, visit, names, stepwise=stepwise)
 
 
 def _rounded(quantizer, x: Array, arrays: Arrays | None) -> Rounded | None:

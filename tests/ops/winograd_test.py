@@ -123,9 +123,10 @@ def case(name, form, seed=0, branches=2):
     return winograd.WinogradMap(direct, winograd.parse(form)), x, kernels
 
 
-def computed(static, x, kernels):
+def computed(static, x, kernels, stepwise=False):
     names = ("x", tuple(f"w{i}" for i in range(len(kernels))))
-    return winograd.apply(static, x, kernels, static.constants(), lambda *_: None, names)
+    matrices = static.constants()
+    return winograd.apply(static, x, kernels, matrices, lambda *_: None, names, stepwise=stepwise)
 
 
 PAIRS = [
@@ -139,6 +140,8 @@ def test_map_is_the_direct_one(x64, name, form):
     found = jax.jit(functools.partial(computed, static))(x, kernels)
     expected = static.direct(jnp.asarray(x), kernels)
     assert found.shape == expected.shape
+    stepwise = jax.jit(functools.partial(computed, static, stepwise=True))(x, kernels)
+    np.testing.assert_allclose(stepwise, found, atol=1e-10 * np.abs(expected).max())
     # F(6, 7 taps) loses up to 5 digits of 16.
     np.testing.assert_allclose(found, expected, atol=1e-10 * np.abs(expected).max())
 
@@ -184,7 +187,9 @@ def test_sums_of_a_tile_are_those_of_the_formula(x64):
     def visit(site, name, values):
         seen[site, name] = np.asarray(values)
 
-    found = winograd.apply(static, jnp.asarray(x), kernels, static.constants(), visit)
+    found = winograd.apply(
+        static, jnp.asarray(x), kernels, static.constants(), visit, stepwise=True
+    )
     at, g, bt = transforms.as_floats(static.form.transforms(3))
     (k,) = kernels
     padded = np.pad(x, ((0, 0), (1, 8), (1, 8), (0, 0)))
@@ -205,9 +210,9 @@ def test_sums_of_a_tile_are_those_of_the_formula(x64):
         whole = found[n, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
         np.testing.assert_allclose(whole, y[: whole.shape[0], : whole.shape[1]], atol=1e-10)
     assert {name for site, name in seen if site == "between"} == {
-        "input_x_pass1",
-        "kernel_w_pass1",
-        "output_x_pass1",
+        "input_pass1_x",
+        "kernel_pass1_w",
+        "output_pass1_x",
     }
 
 
@@ -310,4 +315,4 @@ def test_transforms_are_asked_for_in_full_precision():
     static, x, kernels = case("3x3", "winograd:4", branches=1)
     lowered = jax.jit(functools.partial(computed, static)).lower(x.astype(np.float32), kernels)
     exact = [line for line in lowered.as_text().splitlines() if "HIGHEST" in line]
-    assert len(exact) == 6  # two passes of input, kernel and output each
+    assert len(exact) == 4  # two passes of the input, one each of kernel and output

@@ -37,22 +37,28 @@ import numpy as np
 from flax import nnx
 
 from configs import winograd as experiment_config
-from efficient_nets import analysis, data, layers
+from efficient_nets import analysis, calibration, data, evaluation, layers
 from efficient_nets.layers import Conv, LayerSpec
 from efficient_nets.ops import linear_maps, winograd
 from efficient_nets.ops.winograd import points, transforms
-from tests.peers.neurons import Run, accuracy
+from tests.peers.neurons import Run
 from tests.peers.precision import available_package, in_turn, random_images, versions
 
 BATCH, WIDTH = 16, 0.25
 STEPS = ["direct,bits=0", "direct", "flex", "static", "tap", "flex,bits=0"]
 STEPS += ["torch direct", "torch batched", "torch broadcast"]
-ACCURACY = ["direct", *(f"{method},tile={tile}" for tile in (4, 6) for method in
-            ("static-rounded", "static", "flex", "tap"))]
+ACCURACY = [
+    "direct",
+    *(
+        f"{method},tile={tile}"
+        for tile in (4, 6)
+        for method in ("static-rounded", "static", "flex", "tap")
+    ),
+]
 
 
 def errors(tiles=(2, 4, 6, 8)):
-    """Relative errors (root of mean square) of a 3x3 convolution of 64 channels, by tile and points.
+    """Relative errors (root of mean square) of a 3x3 convolution of 64 channels, by points.
 
     Against float64. int8: inputs and kernels whole, the transformed ones and their sums rounded to
     8 bits, per layer and per tap, ranges being those of the values.
@@ -158,7 +164,9 @@ def steps(rows, rounds: int):
     for row in rows:
         first = times[firsts.get(row, row)]
         ratio = float(np.median(times[row] / first))
-        yield dict(row=row, ms=float(np.median(times[row])), ratio=ratio, all_ms=times[row].tolist())
+        yield dict(
+            row=row, ms=float(np.median(times[row])), ratio=ratio, all_ms=times[row].tolist()
+        )
 
 
 def memory(rows):
@@ -193,6 +201,14 @@ def _peak() -> int:
     return 1024 * int(line.split()[1])
 
 
+def _accuracy(run: Run, seed: int) -> float:
+    """Test accuracy of a whole training, its ranges from training images first."""
+    state = calibration.calibrated_start(run.run, run.state(seed), trained=False)
+    for _, batch in zip(range(run.run.total_steps), run.batches(seed), strict=False):
+        state, _ = run.step(state, batch, run.resident)
+    return evaluation.evaluate_all(run.evaluators, state)["test/accuracy"]
+
+
 def accuracies(rows, steps: int, seeds: int, width: float):
     dataset = None
     for row in rows:
@@ -206,7 +222,7 @@ def accuracies(rows, steps: int, seeds: int, width: float):
         run = Run(config, dataset)
         found = []
         for seed in range(seeds):
-            found.append(accuracy(run, seed))
+            found.append(_accuracy(run, seed))
             print(f"  {row} seed {seed}: {found[-1]:.4f}", file=sys.stderr, flush=True)
         state = run.state(0)
         model = nnx.merge(run.run.graph, state.params, state.stats)

@@ -1,8 +1,8 @@
 """The net of `tests.peers.winograd` in PyTorch, its Winograd-aware layers written from the formula.
 
 F(4, 3) with learned transforms, each of nine sites rounded to 8 bits with a moving average of its
-range, straight through (arXiv 2002.10711). Two ways to add up over channels: a matrix product a tap,
-and a broadcast product of all inputs with all kernels.
+range, straight through (arXiv 2002.10711). Two ways to add up over channels: a matrix product a
+tap, and a broadcast product of all inputs with all kernels.
 """
 
 import torch

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
 from efficient_nets.errors import UserError
 from efficient_nets.ops import linear_maps
@@ -33,6 +34,7 @@ from efficient_nets.ops.winograd.transforms import Transforms, as_floats
 # `(site, name, values) -> Rounded`, or None where nothing is rounded there. Names tell the values
 # of a site apart.
 Visit = Callable[[str, str, Array], Rounded | None]
+PRODUCTS = "winograd_products"  # what a policy of `jax.checkpoint` can save
 OF_KERNELS = "G"  # the names of the matrices that transform kernels begin so
 
 
@@ -146,6 +148,8 @@ def apply(
     matrices: Mapping[str, Array],
     visit: Visit,
     names: tuple[str, Sequence[str]] = ("x", ("w",)),
+    *,
+    stepwise: bool = False,
 ) -> Array:
     """`(N, *spatial', B*C)`: what `static.direct` gives of x and the kernels.
 
@@ -158,6 +162,8 @@ def apply(
         'transformed_input' `(taps, N, tiles, in)`, 'transformed_kernel' `(taps, in/groups, C)`,
         'hadamard' `(taps, N, tiles, B*C)`, and 'between' the steps of a transform.
       names: By which `visit` is told what x is, and each kernel.
+      stepwise: Whether `visit` is to be told of what is between the steps of all transforms. If
+        not, kernels and outputs take theirs at once, which is faster.
     """
     of_x, of_kernels = names
     spatial = static.output_size(x)
@@ -166,26 +172,39 @@ def apply(
     us = kernels
     if not static.form.transformed:
         us = [
-            _kernel(static, kernel.astype(wide(x.dtype)), matrices, _between(visit, "kernel", name))
+            _kernel(
+                static,
+                kernel.astype(wide(x.dtype)),
+                matrices,
+                _between(visit, "kernel", name) if stepwise else None,
+            )
             for kernel, name in zip(kernels, of_kernels, strict=True)
         ]
     v = _input(static, x, spatial, matrices, _between(visit, "input", of_x))
     v = v.reshape(-1, x.shape[0], math.prod(tiles), math.prod(v.shape[-2:]))
     found = visit("transformed_input", of_x, v)
     of_us = [visit("transformed_kernel", name, u) for u, name in zip(us, of_kernels, strict=True)]
-    z = _products(static, x.dtype, v, us, found, of_us)
+    z = checkpoint_name(_products(static, x.dtype, v, us, found, of_us), PRODUCTS)
     found = visit("hadamard", of_x, z)
     z = z if found is None else value(found)
-    z = _output(static, z, tiles, spatial, matrices, _between(visit, "output", of_x))
+    seen = _between(visit, "output", of_x) if stepwise else None
+    z = _output(static, z, tiles, spatial, matrices, seen)
     return z.astype(x.dtype)
 
 
 def transformed_kernel(
-    static: WinogradMap, kernel: Array, matrices: Mapping[str, Array], visit: Visit, name: str = "w"
+    static: WinogradMap,
+    kernel: Array,
+    matrices: Mapping[str, Array],
+    visit: Visit,
+    name: str = "w",
+    *,
+    stepwise: bool = False,
 ) -> Array:
     """`(taps, parts * in/groups, C)`: what `apply` makes of a kernel before it rounds that."""
     matrices = _seen_matrices(matrices, kernel.dtype, visit)
-    return _kernel(static, kernel, matrices, _between(visit, "kernel", name))
+    seen = _between(visit, "kernel", name) if stepwise else None
+    return _kernel(static, kernel, matrices, seen)
 
 
 def _seen_matrices(matrices: Mapping[str, Array], dtype, visit: Visit) -> dict[str, Array]:
@@ -221,23 +240,43 @@ def _groups(static: WinogradMap, which: str, matrices) -> list[tuple[str, list[A
     return groups
 
 
-def _transform(groups, x: Array, seen, enter=None) -> Array:
-    """Takes x through all steps, along the last axis first.
+def _times(matrix: Array, x: Array) -> Array:
+    """The matrix times x along its first axis."""
+    # Of two matrices: XLA:CPU gives products of more axes layouts that it has to turn. Exact: by
+    # default a TPU rounds the operands to bfloat16.
+    y = jnp.matmul(matrix, x.reshape(x.shape[0], -1), precision=lax.Precision.HIGHEST)
+    return y.reshape(-1, *x.shape[1:])
 
-    The positions along the spatial axes are x's first axes, in order, behind `enter` if there is
-    one: `enter(x, axis)` puts those along an axis in front.
+
+def _at_once(groups, x: Array) -> Array:
+    """Takes x, whose first axes are the positions along the spatial ones, through all steps.
+
+    A group is one product, with the Kronecker product of its matrices: more multiplications than
+    along one axis after the other, but one pass over x.
+    """
+    for _, group in groups:
+        group = [jnp.ones((1, 1), x.dtype) if matrix is None else matrix for matrix in group]
+        whole = functools.reduce(jnp.kron, group)
+        y = _times(whole, x.reshape(whole.shape[1], *x.shape[len(group) :]))
+        x = y.reshape(*(len(matrix) for matrix in group), *y.shape[1:])
+    return x
+
+
+def _step_by_step(groups, x: Array, seen, enter=None) -> Array:
+    """The same along one axis after the other, the last one first.
+
+    With `enter` the positions are put in front one axis at a time: `enter(x, axis)`.
     """
     done, todo = 0, sum(matrix is not None for _, group in groups for matrix in group)
     for number, (kind, group) in enumerate(groups):
         for index in reversed(range(len(group))):
-            place, matrix = len(group) - 1, group[index]
             if enter is not None and number == 0:
-                x, place = enter(x, index), 0
-            if matrix is None:
-                x = jnp.moveaxis(x, place, 0)
+                x = enter(x, index)
+            else:
+                x = jnp.moveaxis(x, len(group) - 1, 0)
+            if group[index] is None:
                 continue
-            # Exact: by default a TPU rounds the operands to bfloat16.
-            x = jnp.tensordot(matrix, x, ((1,), (place,)), precision=lax.Precision.HIGHEST)
+            x = _times(group[index], x)
             done += 1
             if done < todo and (kind == "pass" or index == 0):
                 x = seen(f"{kind}{index}", x)
@@ -273,7 +312,8 @@ def _input(static: WinogradMap, x: Array, outputs, matrices, seen) -> Array:
             positions.append(jnp.concatenate(parts, axis=-1))
         return jnp.stack(positions)
 
-    return _transform(_groups(static, "BT", matrices), x, seen, enter)
+    # Tiles overlap, so that one axis at a time is less to hold.
+    return _step_by_step(_groups(static, "BT", matrices), x, seen, enter)
 
 
 def _kernel(static: WinogradMap, kernel: Array, matrices, seen) -> Array:
@@ -293,7 +333,11 @@ def _kernel(static: WinogradMap, kernel: Array, matrices, seen) -> Array:
         kernel = jnp.moveaxis(kernel, (place + 1, place + 2), (-4, -3))
         return kernel.reshape(*kernel.shape[:-4], -1, kernel.shape[-1])
 
-    kernel = _transform(_groups(static, "G", matrices), kernel, seen, enter)
+    groups = _groups(static, "G", matrices)
+    if seen is None:
+        kernel = _at_once(groups, functools.reduce(enter, reversed(range(rank)), kernel))
+    else:
+        kernel = _step_by_step(groups, kernel, seen, enter)
     return kernel.reshape(-1, *kernel.shape[-2:])
 
 
@@ -302,7 +346,8 @@ def _output(static: WinogradMap, z: Array, tiles, outputs, matrices, seen) -> Ar
     rank = len(static.axes)
     sizes = [axis.size for axis in static.axes]
     z = z.reshape(*sizes, z.shape[1], *tiles, z.shape[-1])
-    z = _transform(_groups(static, "AT", matrices), z, seen)
+    groups = _groups(static, "AT", matrices)
+    z = _at_once(groups, z) if seen is None else _step_by_step(groups, z, seen)
     order = [axis for i in range(rank) for axis in (rank + 1 + i, i)]
     z = jnp.transpose(z, (rank, *order, 2 * rank + 1))
     whole = [n * axis.tile for axis, n in zip(static.axes, tiles, strict=True)]
