@@ -45,15 +45,22 @@ BOUNDS = {
             *("train.epochs", "train.batch_size", "evaluate.batch_size", "evaluate.every_epochs"),
             *("checkpoint.every_epochs", "log.every_steps", "optimizer.learning_rate"),
             *("optimizer.epsilon", "pretrain.learning_rate", "teacher.temperature"),
+            *("winas.epochs", "winas.learning_rate"),
         ),
     ),
-    "at least 1": (lambda x: x >= 1, ("checkpoint.keep", "optimizer.accumulate")),
+    "at least 1": (
+        lambda x: x >= 1,
+        (
+            *("checkpoint.keep", "optimizer.accumulate"),
+            *("winas.latency_batch_size", "winas.latency_repeats"),
+        ),
+    ),
     "at least 0": (
         lambda x: x >= 0,
         (
             *("seed", "train.steps_per_dispatch", "optimizer.clip_norm", "optimizer.weight_decay"),
             *("calibration.batch_size", "calibration.norm_batches", "deploy.bias_correction"),
-            "pretrain.epochs",
+            *("pretrain.epochs", "winas.warmup_epochs", "winas.cost_weight"),
             *("schedule.warmup_epochs", "schedule.end_value", "log.histograms_every_epochs"),
         ),
     ),
@@ -205,6 +212,20 @@ def defaults() -> ConfigDict:
             keep=0.0,  # share of the float net's that may stay; 0: layers are measured alone
             # Regular expression of those that are switched; others have what layers say, always.
             layers=".",
+        )
+    )
+    config.winas = ConfigDict(  # --mode=search: an algorithm and a precision for each layer
+        dict(
+            candidates=(),  # dicts of algorithm and precision: see search.candidates.grid
+            layers=r"conv",  # regular expression of the 3x3 convolutions that are searched
+            cost="macs",  # of candidates: macs, bops, or latency
+            latency="",  # for cost latency: a file of --mode=latency
+            cost_weight=0.1,  # of the expected cost beside the loss; direct in float costs 1
+            epochs=10.0,  # of the search, in place of train.epochs
+            warmup_epochs=1.0,  # first ones, in which weights alone are trained
+            learning_rate=0.006,  # of the architecture's Adam
+            latency_batch_size=1,  # --mode=latency: images of a call
+            latency_repeats=20,  # calls whose median is taken
         )
     )
     config.deploy = ConfigDict(  # what --mode=deploy does with a rounded net

@@ -13,7 +13,7 @@ from efficient_nets.deployment import make_deployable
 from efficient_nets.errors import TrainingDiverged, UserError
 from efficient_nets.evaluation import evaluate
 from efficient_nets.inspection import inspect
-from efficient_nets.search import auto_builder, mixed_precision
+from efficient_nets.search import auto_builder, latency, mixed_precision, winas
 from efficient_nets.train import train
 
 FLAGS = flags.FLAGS
@@ -25,7 +25,7 @@ CONFIG = config_flags.DEFINE_config_file(
     accept_new_attributes=True,  # configs.check refuses them, and names the nearest one
 )
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run, else runs/NAME[-ARGUMENT].")
-MODES = ["train", "eval", "summary", "analyze", "sensitivity", "deploy"]
+MODES = ["train", "eval", "summary", "analyze", "sensitivity", "search", "latency", "deploy"]
 MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "", "eval, analyze, deploy: the workdir to restore from."
@@ -49,6 +49,11 @@ def _run(config, workdir: pathlib.Path) -> None:
     configs.check(config)
     if MODE.value == "train" and config.mixed != configs.defaults().mixed:
         raise UserError("mixed: only --mode=sensitivity heeds it; train the config that it writes")
+    if MODE.value == "train" and config.winas != configs.defaults().winas:
+        raise UserError(
+            "winas: only --mode=search and --mode=latency heed it; train the config that a search "
+            "writes"
+        )
     if MODE.value == "summary":
         info = data.describe(config.data)
         workdirs.write_summary(workdir, config, experiment.abstract_model(config, info), info)
@@ -58,6 +63,10 @@ def _run(config, workdir: pathlib.Path) -> None:
         inspect(config, workdir, folder, STEP.value, REFERENCE.value)
     elif MODE.value == "sensitivity":
         mixed_precision.build(config, workdir)
+    elif MODE.value == "search":
+        winas.build(config, workdir)
+    elif MODE.value == "latency":
+        latency.measure(config, workdir)
     elif MODE.value == "deploy":
         make_deployable(config, workdir, folder, STEP.value)
     elif config.builder.budget:

@@ -30,7 +30,7 @@ def default(config_file: str) -> str:
 
 
 # What a workdir may hold beside checkpoints that another config must not overwrite.
-FINISHED = ("result.json", "builder.json", "sensitivity.json")
+FINISHED = ("result.json", "builder.json", "sensitivity.json", "winas.json")
 
 
 def claim(workdir: pathlib.Path, config: ConfigDict) -> None:

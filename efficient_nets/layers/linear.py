@@ -218,6 +218,38 @@ class Layer(nnx.Module):
             ranges=precisions.arrays(self.ranges, self.spec.branches) | self.learned_transforms(),
         )
 
+    def unit(
+        self,
+        x: Array,
+        norm: norms.BatchNorm | None = None,
+        activation: Callable[[Array], Array] | None = None,
+    ) -> Array:
+        """`activation(norm(layer(x)))`: what `layer_norm_act` computes, x being checked."""
+        static, arguments = self.unit_arguments()
+        static = dataclasses.replace(static, activation=activation, peak=wanted("peaks"))
+        if norm is not None:
+            static = dataclasses.replace(static, outer_epsilon=norm.epsilon)
+        apply = quadratic.hybrid_unit if self.spec.backward == "hybrid" else quadratic.unit
+        if self.spec.neuron == "linear" and self.spec.norm == "none":
+            apply = quadratic.unit  # nothing but its input is kept as it is
+        y, statistics = apply(
+            static,
+            x,
+            outer_norm=norms.arrays_or_none(norm),
+            bias=None if self.bias is None else self.bias[...],
+            **arguments,
+        )
+        if statistics.peak is not None:
+            add("peaks", self, statistics.peak)
+        if self.ranges is not None:
+            _after_rounding(x, self, statistics.ranges)
+        if statistics.branches is not None:
+            for branch, batch in zip(self.branches, statistics.branches, strict=True):
+                branch.norm.update(batch)
+        if norm is not None:
+            norm.update(statistics.outer)
+        return y
+
     def __call__(self, x: Array) -> Array:
         """x `(N, *spatial, in_features)` to `(N, *spatial', features)`."""
         return layer_norm_act(x, self)
@@ -339,7 +371,7 @@ def layer_norm_act(
             f"the norm is for {norm.num_features} channels, the layer has features="
             f"{geometry.features}"
         )
-    y = _apply_unit(x, layer, norm if whole else None, activation if whole else None)
+    y = layer.unit(x, norm if whole else None, activation if whole else None)
     if layer.watch is not None:
         layer.watch(layer, x, y)
     if whole:
@@ -350,34 +382,7 @@ def layer_norm_act(
 
 def without_norm(x: Array, layer: Layer) -> Array:
     """The layer's value alone, before any norm behind it; no observer is shown it."""
-    return _apply_unit(x, layer, None, None)
-
-
-def _apply_unit(x: Array, layer: Layer, norm, activation) -> Array:
-    static, arguments = layer.unit_arguments()
-    static = dataclasses.replace(static, activation=activation, peak=wanted("peaks"))
-    if norm is not None:
-        static = dataclasses.replace(static, outer_epsilon=norm.epsilon)
-    apply = quadratic.hybrid_unit if layer.spec.backward == "hybrid" else quadratic.unit
-    if layer.spec.neuron == "linear" and layer.spec.norm == "none":
-        apply = quadratic.unit  # nothing but its input is kept as it is
-    y, statistics = apply(
-        static,
-        x,
-        outer_norm=norms.arrays_or_none(norm),
-        bias=None if layer.bias is None else layer.bias[...],
-        **arguments,
-    )
-    if statistics.peak is not None:
-        add("peaks", layer, statistics.peak)
-    if layer.ranges is not None:
-        _after_rounding(x, layer, statistics.ranges)
-    if statistics.branches is not None:
-        for branch, batch in zip(layer.branches, statistics.branches, strict=True):
-            branch.norm.update(batch)
-    if norm is not None:
-        norm.update(statistics.outer)
-    return y
+    return layer.unit(x)
 
 
 def _after_rounding(x: Array, layer: Layer, moved) -> None:

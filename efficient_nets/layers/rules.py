@@ -163,18 +163,25 @@ def with_removals(
 def with_precisions(
     rules: Sequence[Mapping], precisions: Mapping[str, str], every: Sequence[str]
 ) -> tuple[dict, ...]:
-    """The rules with one in front for each of these layers, its own rule with another precision.
+    """`with_fields` for the precision alone, given by path of a layer."""
+    return with_fields(rules, {path: {"precision": own} for path, own in precisions.items()}, every)
+
+
+def with_fields(
+    rules: Sequence[Mapping], given: Mapping[str, Mapping], every: Sequence[str]
+) -> tuple[dict, ...]:
+    """The rules with one in front for each of these layers, its own rule with other fields.
 
     Args:
       rules: Of `convert`.
-      precisions: By path of a layer.
+      given: Fields of `LayerSpec` by path of a layer.
       every: Paths of all layers.
     """
     fields = {}
-    for path, own_precision in precisions.items():
+    for path, others in given.items():
         index = _first_match(rules, path)
         own = {} if index is None else {k: v for k, v in rules[index].items() if k != "match"}
-        fields[path] = own | {"precision": own_precision}
+        fields[path] = own | dict(others)
     return _in_front(fields, rules, every)
 
 
