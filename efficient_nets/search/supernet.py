@@ -76,7 +76,7 @@ class Choice(Layer):
             ways = nnx.merge(graph, params, others)
             with collecting("losses") as losses, collecting("peaks"):
                 y = ways[number].unit(x)
-            loss = sum((value for _, value in losses), jnp.zeros((), jnp.float32))
+            loss = sum((x.astype(jnp.float32) for _, x in losses), jnp.zeros((), jnp.float32))
             return y, nnx.state(ways, nnx.Not(nnx.Param)), loss
 
         branches = [functools.partial(one, number) for number in range(len(self.ways))]

@@ -168,7 +168,7 @@ def _check(config: ConfigDict) -> None:
 def prepare(
     config: ConfigDict, dataset: data.Dataset, layers, candidates, costs
 ) -> tuple[Search, TrainState]:
-    """The supernet, from fresh weights or those that `config.checkpoint` names, and its training."""
+    """The supernet, from fresh weights or those that `config.checkpoint` names, and its state."""
     of_search = config.copy_and_resolve_references()
     of_search.train.epochs = config.winas.epochs
     plain = experiment.build(of_search, dataset)
@@ -204,7 +204,8 @@ def prepare(
         compiler_options=experiment.run_once(),
     )(*given)
     optimizer = optim.optimizer(of_search.optimizer, plain.rate, params)
-    state = state._replace(params=params, stats=stats, optimizer=optimizer.init(params), ema={})
+    kept = jax.jit(optimizer.init)(params)
+    state = state._replace(params=params, stats=stats, optimizer=kept, ema={})
     run = dataclasses.replace(plain, graph=graph, optimizer=optimizer)
     of_logits = optax.adam(config.winas.learning_rate, b1=0.0)  # as in ProxylessNAS
     return Search(run, tuple(layers), tuple(candidates), costs, of_logits), state

@@ -102,9 +102,10 @@ def plot(report: dict[str, Any], path: pathlib.Path) -> None:
     axes.set_title("Probability of each candidate, chosen ones framed", fontsize=10)
     figure.colorbar(image, ax=axes, shrink=0.9)
     epochs = [record["epoch"] for record in report["history"]]
-    below.plot(epochs, [record["expected_cost"] for record in report["history"]], marker=".")
+    expected = [record["expected_cost"] for record in report["history"]]
+    below.plot(epochs, expected, marker=".")
     below.set_ylabel(f"expected {report['cost']}\n(direct in float: 1)", fontsize=8)
     below.set_xlabel("epoch")
-    below.set_ylim(bottom=0)
+    below.set_ylim(0, 1.05 * max(1, *expected))
     below.grid(alpha=0.3)
     figure.savefig(path)
