@@ -61,21 +61,20 @@ def _measured(config: ConfigDict, paths, candidates) -> list[list[float]]:
         raise UserError("winas.cost='latency': give winas.latency, a file of --mode=latency")
     table = read(field, pathlib.Path(config.winas.latency))["seconds"]
     keys = shapes(config, paths)
+    labels = [space.label(candidate) for candidate in candidates]
     missing = [
-        f"{key}: {space.label(candidate)}"
+        f"{key}: {label}"
         for key in dict.fromkeys(keys.values())
-        for candidate in candidates
-        if space.label(candidate) not in table.get(key, {})
+        for label in dict.fromkeys(labels)
+        if label not in table.get(key, {})
     ]
     if missing:
         few = "; ".join(missing[:5]) + ("; ..." if len(missing) > 5 else "")
         raise UserError(
-            f"{field} lacks {len(missing)} times, so it is of another net or of other candidates; "
+            f"{field} lacks {len(missing)} of the times, so it is of another net or of other candidates; "
             f"--mode=latency measures them: {few}"
         )
-    return [
-        [table[keys[path]][space.label(candidate)] for path in paths] for candidate in candidates
-    ]
+    return [[table[keys[path]][label] for path in paths] for label in labels]
 
 
 def read(field: str, path: pathlib.Path) -> dict[str, Any]:

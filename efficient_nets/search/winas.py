@@ -198,13 +198,11 @@ def prepare(
 
     given = (state.params, state.stats, batch, put_resident(plain, "train"))
     graph, *_ = nnx.split(nnx.eval_shape(made, *given), nnx.Param, ...)
-    params, stats = jax.jit(
-        arrays,
-        out_shardings=sharding.replicated(plain.mesh),
-        compiler_options=experiment.run_once(),
-    )(*given)
+    everywhere = sharding.replicated(plain.mesh)
+    options = experiment.run_once()
+    params, stats = jax.jit(arrays, out_shardings=everywhere, compiler_options=options)(*given)
     optimizer = optim.optimizer(of_search.optimizer, plain.rate, params)
-    kept = jax.jit(optimizer.init)(params)
+    kept = jax.jit(optimizer.init, out_shardings=everywhere)(params)
     state = state._replace(params=params, stats=stats, optimizer=kept, ema={})
     run = dataclasses.replace(plain, graph=graph, optimizer=optimizer)
     of_logits = optax.adam(config.winas.learning_rate, b1=0.0)  # as in ProxylessNAS

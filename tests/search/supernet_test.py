@@ -33,9 +33,7 @@ class Net(nnx.Module):
         init = dict(param_dtype=jnp.float64, rngs=nnx.Rngs(0))
         self.conv1 = Conv(2, 4, (3, 3), use_bias=False, **init)
         self.norm1 = BatchNorm(4, rngs=nnx.Rngs(0))
-        nnx.update(
-            self.norm1, jax.tree.map(lambda x: x.astype(jnp.float64), nnx.state(self.norm1))
-        )
+        nnx.update(self.norm1, jax.tree.map(lambda x: x.astype(jnp.float64), nnx.state(self.norm1)))
         self.block = nnx.List([Conv(4, 3, (3, 3), strides=2, **init)])
         self.last = Conv(3, 2, (1, 1), **init)
 
