@@ -112,10 +112,3 @@ def with_chosen(config: ConfigDict, chosen: Mapping[str, Candidate]) -> ConfigDi
     config = config.copy_and_resolve_references()
     config.layers = rules.with_fields(config.layers, chosen, every)
     return config
-
-
-COSTS = {
-    "macs": "multiply-accumulates of one image",
-    "bops": "bit operations of one image",
-    "latency": "seconds of a forward batch, from the table in winas.latency",
-}

@@ -71,7 +71,7 @@ def _measured(config: ConfigDict, paths, candidates) -> list[list[float]]:
     if missing:
         few = "; ".join(missing[:5]) + ("; ..." if len(missing) > 5 else "")
         raise UserError(
-            f"{field} lacks {len(missing)} of the times, so it is of another net or of other candidates; "
+            f"{field} lacks {len(missing)} of the times, so it is of another net or of others; "
             f"--mode=latency measures them: {few}"
         )
     return [[table[keys[path]][label] for path in paths] for label in labels]
