@@ -217,7 +217,7 @@ def defaults() -> ConfigDict:
     config.winas = ConfigDict(  # --mode=search: an algorithm and a precision for each layer
         dict(
             candidates=(),  # dicts of algorithm and precision: see search.candidates.grid
-            layers=r"conv",  # regular expression of the 3x3 convolutions that are searched
+            layers=r"conv",  # regular expression of the convolutions of several taps, searched
             cost="macs",  # of candidates: macs, bops, or latency
             latency="",  # for cost latency: a file of --mode=latency
             cost_weight=0.1,  # of the expected cost beside the loss; direct in float costs 1

@@ -1,5 +1,6 @@
 """What wiNAS chooses from: pairs of an algorithm and a precision, as `config.winas.candidates`."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 
@@ -82,7 +83,9 @@ def of_config(config: ConfigDict) -> list[dict[str, str]]:
 
 
 def searched(config: ConfigDict) -> list[str]:
-    """Paths of the 3x3 convolutions that `config.winas.layers` matches, in the order of the calls.
+    """Paths of the convolutions that `config.winas.layers` matches, in the order of the calls.
+
+    Those of one tap are left out, as Winograd's algorithm is none for them.
 
     Raises:
       UserError: if there are none.
@@ -93,7 +96,7 @@ def searched(config: ConfigDict) -> list[str]:
     able = [
         cost.name
         for cost in analysis.layer_costs(model, info.image_shape)
-        if kernels[cost.name] == (3, 3)
+        if math.prod(kernels[cost.name]) > 1
     ]
     field = f"winas.layers={config.winas.layers!r}"
     try:
@@ -101,7 +104,7 @@ def searched(config: ConfigDict) -> list[str]:
     except re.error as error:
         raise UserError(f"{field} is no regular expression: {error}") from error
     if not found:
-        raise UserError(f"{field} matches none of the 3x3 convolutions: {', '.join(able) or '-'}")
+        raise UserError(f"{field} matches none of the convolutions of several taps: {able}")
     return found
 
 

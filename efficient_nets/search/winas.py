@@ -1,4 +1,4 @@
-"""`--mode=search`: wiNAS, an algorithm and a precision for each 3x3 convolution.
+"""`--mode=search`: wiNAS, an algorithm and a precision for each convolution.
 
     python -m efficient_nets.main --config=configs/winas.py --mode=search --workdir=DIR
     python -m efficient_nets.main --config=DIR/built_config.py --workdir=DIR/built

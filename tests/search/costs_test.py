@@ -5,10 +5,22 @@ import json
 import numpy as np
 import pytest
 
+from efficient_nets import config as configs
 from efficient_nets import reporting
 from efficient_nets.errors import UserError
 from efficient_nets.search import candidates, costs, latency
-from tests.search.winas_test import CANDIDATES, LAYERS, tiny_config
+from tests.search import winas_test
+
+CANDIDATES = winas_test.CANDIDATES
+LAYERS = ["stage1/0/conv1", "stage1/0/conv2"]
+SHAPE = "8x8x2 to 2, 3x3, strides 1x1, padding 1+1x1+1"
+
+
+def tiny_config(**fields):
+    """Of a net with two layers of one shape."""
+    config = winas_test.tiny_config(**{"layers": "stage1"} | fields)
+    config.model = configs.model("resnet", blocks=(1, 1, 1), width=0.125)
+    return config
 
 
 @pytest.fixture(scope="module")
@@ -20,10 +32,9 @@ def measured(tmp_path_factory):
 
 def test_a_table_has_each_shape_once_and_what_it_was_measured_with(measured):
     workdir, table = measured
-    (shape,) = table["seconds"]  # of two layers
-    assert shape == "8x8x2 to 2, 3x3, strides 1x1, padding 1+1x1+1"
-    assert list(table["seconds"][shape]) == list(map(candidates.label, CANDIDATES[:2]))
-    assert all(0 < seconds < 10 for seconds in table["seconds"][shape].values())
+    assert list(table["seconds"]) == [SHAPE]  # of two layers
+    assert list(table["seconds"][SHAPE]) == list(map(candidates.label, CANDIDATES[:2]))
+    assert all(0 < seconds < 10 for seconds in table["seconds"][SHAPE].values())
     assert (table["batch_size"], table["repeats"], table["dtype"]) == (2, 3, "float32")
     assert table["device"].startswith("cpu")
     assert json.loads((workdir / latency.FILE).read_text()) == table
@@ -36,9 +47,9 @@ def of_table(path, table, **fields):
 
 
 def test_costs_are_shares_of_the_times_of_direct_layers_in_float(measured, tmp_path):
-    shape, own = next(iter(measured[1]["seconds"].items()))
+    own = measured[1]["seconds"][SHAPE]
     times = dict(zip(own, (0.002, 0.0005), strict=True))
-    config = of_table(tmp_path / "table.json", measured[1] | {"seconds": {shape: times}})
+    config = of_table(tmp_path / "table.json", measured[1] | {"seconds": {SHAPE: times}})
     found = costs.costs(config, LAYERS, CANDIDATES[:2])
     np.testing.assert_allclose(found, [[0.5, 0.125]] * 2)
 
