@@ -107,8 +107,7 @@ def test_paths_of_weights_are_those_of_the_plain_net(made):
     assert list(supernet.choices(made)) == sorted(PATHS)
 
 
-@pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("first, second", [(2, 1), (0, 3)])
+@pytest.mark.parametrize("first, second, train", [(2, 1, True), (0, 3, False)])
 def test_a_path_is_the_converted_net_with_the_same_weights(
     made, images, calls, first, second, train
 ):
