@@ -203,7 +203,8 @@ def test_analysis_writes_numbers_pictures_and_events_beside_another_run_s(whole,
         ("--config=configs/resnet.py", "not prepared .* efficient_nets.data.prepare cifar10"),
         (
             "--mode=test",
-            "--mode=test: value should be one of <train|eval|summary|analyze|sensitivity|deploy>",
+            "--mode=test: value should be one of "
+            "<train|eval|summary|analyze|sensitivity|search|latency|deploy>",
         ),
         ("--workdri=x", "Unknown command line flag 'workdri'. Did you mean: workdir"),
         ("train", "unknown argument 'train'"),

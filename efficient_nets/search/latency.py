@@ -3,9 +3,10 @@
     python -m efficient_nets.main --config=configs/winas.py --mode=latency --workdir=DIR
 
 writes DIR/latency.json, which `config.winas.latency` names for a search. Layers of one shape are
-measured once. What is measured is what is computed here: rounding is arithmetic in float, so that
-times of rounded candidates are those of a simulation, not of integer kernels. A table from a
-machine that has these can be put in its place: the file is plain JSON.
+measured once, as nets for use: kernels are transformed before. What is measured is what is computed
+here: rounding is arithmetic in float, so that times of rounded candidates are those of a
+simulation, not of integer kernels. A table from a machine that has these can be put in its place:
+the file is plain JSON.
 """
 
 import pathlib
@@ -88,7 +89,7 @@ def measure(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def _layer(like: Layer, candidate: space.Candidate) -> Layer:
-    """A layer of that geometry with fresh weights, in evaluation mode."""
+    """A layer of that geometry with fresh weights, for use."""
     geometry = like.geometry
     made = layers.Conv(
         geometry.in_features,
@@ -102,8 +103,7 @@ def _layer(like: Layer, candidate: space.Candidate) -> Layer:
         dtype=geometry.dtype,
         rngs=nnx.Rngs(0),
     )
-    made.eval()
-    return made
+    return layers.transform_kernels(made)
 
 
 def _seconds(layer: Layer, shape: Sequence[int], dtype: str, repeats: int) -> float:

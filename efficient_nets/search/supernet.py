@@ -82,7 +82,8 @@ class Choice(Layer):
         branches = [functools.partial(one, number) for number in range(len(self.ways))]
         y, others, loss = lax.switch(index, branches, params, others, x)
         nnx.update(self.ways, others)
-        if wanted("losses"):
+        ranges = (found for way in self.ways for found in (way.ranges or {}).values())
+        if wanted("losses") and any(found.quantizer.loss for found in ranges):
             add("losses", self, loss)
         return y
 

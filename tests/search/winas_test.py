@@ -89,6 +89,7 @@ def test_what_it_leaves_says_it_all(built):
     assert report["history"][1]["entropy"] < math.log(2)
     lines = list(map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()))
     assert {"train/loss", "architecture/loss"} <= set().union(*lines)
+    assert "train/quantization_loss" not in set().union(*lines)  # as no candidate has one
 
 
 def test_costs_are_sums_by_hand(built):
