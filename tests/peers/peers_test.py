@@ -10,7 +10,7 @@ from flax import nnx
 
 from efficient_nets import models
 from efficient_nets.layers import layers
-from tests.peers import hybrid_memory, neurons, precision
+from tests.peers import hybrid_memory, neurons, precision, winograd
 
 
 @pytest.mark.parametrize("row", hybrid_memory.RIVALS)
@@ -77,3 +77,38 @@ def test_rows_of_the_table_of_rounded_nets():
     assert rounded["packed_bytes"] < floating["packed_bytes"]
     assert rounded["bops"] < floating["bops"]
     assert len(rounded["all_ms"]) == len(rounded["float_ms"]) == 2
+
+
+@pytest.mark.slow
+def test_errors_of_winograd_transforms():
+    rows = list(winograd.errors(tiles=(2,)))
+    assert {row["row"].split()[-1] for row in rows} == set(winograd.points.SETS)
+    for row in rows:
+        assert row["float32"] < 1e-6
+        # 8 bits at three sites; scales of its own for each tap are no worse.
+        assert 1e-3 < row["tap"] < row["int8"] < 0.1
+
+
+def test_the_winograd_net_has_its_method():
+    config = winograd.config_of("flex,tile=6", 0.125, 16)
+    algorithms = {str(rule.get("algorithm", "direct")) for rule in config.layers}
+    assert algorithms == {"winograd:6,flex", "winograd:4,flex", "direct"}
+    assert config.train.batch_size == 16 and config.model.width == 0.125
+
+
+@pytest.mark.slow
+def test_the_winograd_net_in_torch_is_ours():
+    """Both ways of adding up give the same, and nearly what direct convolutions give in float."""
+    torch = pytest.importorskip("torch")
+    from tests.peers import winograd_torch
+
+    torch.manual_seed(0)
+    batched = winograd_torch.net(0.125, "batched")
+    broadcast = winograd_torch.net(0.125, "broadcast")
+    broadcast.load_state_dict(batched.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(batched(images), broadcast(images), rtol=1e-3, atol=1e-3)
+    layer = winograd_torch.WinogradConv(3, 5, broadcast=False)
+    layer.rounding = torch.nn.ModuleDict({name: torch.nn.Identity() for name in layer.rounding})
+    direct = torch.nn.functional.conv2d(images, layer.weight, padding=1)
+    torch.testing.assert_close(layer(images), direct, rtol=1e-4, atol=1e-4)
