@@ -8,7 +8,8 @@ candidates, the second what it chose, as configs/winograd.py trains. The argumen
 
     --config=configs/winas.py:cost=latency,width=0.25,dataset=cifar100
 
-where cost is bops, macs or latency, the last one from times that are measured before:
+where bits=8 leaves the candidates of that precision alone, and cost is bops, macs or latency, the
+last one from times that are measured before:
 
     python -m efficient_nets.main --config=configs/winas.py --mode=latency --workdir=runs/latency
 
@@ -24,7 +25,7 @@ from efficient_nets.search import candidates
 
 
 def get_config(text: str = "bops"):
-    given = recipes.arguments(text, cost="bops", width=0.5, dataset="cifar10")
+    given = recipes.arguments(text, cost="bops", width=0.5, bits=0, dataset="cifar10")
     config = configs.defaults()
     config.data.name = given["dataset"]
     config.data.train, config.data.validation = "train[:50%]", "train[50%:]"
@@ -42,7 +43,8 @@ def get_config(text: str = "bops"):
     config.optimizer.name = "adam"
     config.optimizer.learning_rate = 1e-2 if given["dataset"] == "digits" else 1e-3
     config.optimizer.weight_decay = 4e-5
-    config.winas.candidates = candidates.grid()
+    bits = (given["bits"],) if given["bits"] else candidates.BITS
+    config.winas.candidates = candidates.grid(bits=bits)
     config.winas.cost = given["cost"]
     if given["cost"] == "latency":
         config.winas.latency = "runs/latency/latency.json"

@@ -11,6 +11,7 @@ from efficient_nets.errors import UserError
 from efficient_nets.layers import LayerSpec, rules
 
 # Those of arXiv 2002.10711, section 5.
+BITS = (0, 16, 8)
 ALGORITHMS = ("direct", "winograd:2,flex", "winograd:4,flex", "winograd:6,flex")
 FIELDS = ("algorithm", "precision")
 REFERENCE = {"algorithm": "direct", "precision": "float"}  # whose cost is 1
@@ -20,7 +21,7 @@ Candidate = Mapping[str, str]
 
 def grid(
     algorithms: Sequence[str] = ALGORITHMS,
-    bits: Sequence[int] = (0, 16, 8),
+    bits: Sequence[int] = BITS,
     method: str = "minmax",
 ) -> tuple[dict[str, str], ...]:
     """Every algorithm at every number of bits, as `config.winas.candidates`.
