@@ -132,7 +132,11 @@ def _layer_cost(path: str, layer: Layer, input_shape, output_shape) -> LayerCost
     if transformed:
         sites = ("transformed_kernel", "transformed_input")
     bits, input_bits = (rounded.get(site, of_float) for site in sites)
-    square_bits = min(2 * input_bits, of_float)
+    outer_bits = rounded.get("input", of_float)
+    # What is transformed is the square already, and rounded then.
+    square_bits = min(2 * outer_bits, of_float)
+    if transformed and "transformed_input" in rounded:
+        square_bits = input_bits
     # Multiplications, each with the bits of both operands. Each position of the output takes every
     # weight once: a kernel's shape already ends in the output's channels, and its input channels
     # are those of one group.
@@ -147,7 +151,7 @@ def _layer_cost(path: str, layer: Layer, input_shape, output_shape) -> LayerCost
     ]
     products.append((spec.parts.products * math.prod(output_shape), of_float, of_float))
     if "square" in spec.parts.kinds:
-        products.append((math.prod(input_shape), input_bits, input_bits))
+        products.append((math.prod(input_shape), outer_bits, outer_bits))
     if "form" in spec.parts.kinds:  # products of pairs of inputs, which all features share
         pairs = positions * geometry.groups * forms.pairs(geometry.inputs)
         products.append((pairs, input_bits, input_bits))

@@ -13,7 +13,8 @@ from efficient_nets.ops.quantizers import Quantizer
 OPERANDS = {
     "int8": "kernels in int8, and int8 times int8 where the input's codes fit too",
     "int4": "the same in int4 where the codes of a layer's kernels and its input fit; on other "
-    "platforms than TPUs these are widened to int8 before the map",
+    "platforms than TPUs these are widened to int8 before the map, and so they are inside of "
+    "Winograd's transforms",
 }
 
 

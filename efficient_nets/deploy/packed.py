@@ -5,12 +5,15 @@ of L levels is two arrays there: `NAME`, packed indices (see `ops.packing`), and
 the indices stand for, `(G, L)`: one row for all channels, or one for each of G groups of them.
 Which of these follows from the quantizer, not from the values; a row that takes fewer values
 repeats its last. A kernel without a quantizer that has so few values a feature that this is smaller
-is written so too. The file's metadata have each one's shape, bits, and the axis of the channels.
+is written so too. The file's metadata have each one's shape, bits, and
+the axes that its groups cut.
 """
 
 import functools
 import json
+import math
 import pathlib
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -40,15 +43,14 @@ def save(model: nnx.Module, path: pathlib.Path | str) -> int:
       UserError: if a quantizer's schedule is not over.
     """
     check_settled(model)
-    of_kernels = {}
-    for where, layer in layers.layers(model):
-        sites = layer.spec.precision
-        quantizer = sites.transformed_kernel or sites.kernel
+    whole, of_kernels = to_integers(model), {}
+    for (where, layer), (_, used) in zip(layers.layers(model), layers.layers(whole), strict=True):
+        quantizer = getattr(layer.spec.precision, used.kernel_site)
         quantizer = None if quantizer is None or quantizer.stop_epoch else quantizer
         for branch in layer.spec.branches:
             of_kernels[f"{where}/{branch}/kernel".removeprefix("/")] = quantizer
     arrays, packed = {}, {}
-    for name, value in _leaves(to_integers(model)).items():
+    for name, value in _leaves(whole).items():
         if name not in of_kernels:
             arrays[name] = value
             continue
@@ -89,7 +91,11 @@ def load(model: nnx.Module, path: pathlib.Path | str, *, operands: str = "int8")
     for name, entry in packed.items():
         indices = packing.unpack(found[name], entry["bits"], tuple(entry["shape"]))
         values = found.pop(name + VALUES)
-        found[name] = values[_rows(len(values), indices.shape, entry["axis"]), indices]
+        own = np.arange(indices.size).reshape(indices.shape)
+        rows = np.empty(indices.size, np.int64)
+        for row, places in enumerate(_grouped(own, entry["cuts"])):
+            rows[places] = row
+        found[name] = values[rows.reshape(indices.shape), indices]
     graph, state, others = nnx.split(net, SAVED, ...)
     shapes = nnx.to_pure_dict(state)
     expected = paths.named_leaves(shapes)
@@ -112,10 +118,18 @@ def _leaves(model: nnx.Module) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in paths.named_leaves(state).items()}
 
 
-def _rows(number: int, shape: tuple[int, ...], axis: int) -> np.ndarray:
-    """Which of so many groups each channel is in, to broadcast to a kernel of this shape."""
-    rows = np.arange(shape[axis]) * number // shape[axis]
-    return np.expand_dims(rows, tuple(i for i in range(len(shape)) if i != axis % len(shape)))
+def _grouped(value: np.ndarray, cuts: Sequence[tuple[int, int]]) -> np.ndarray:
+    """`(G, n)`: the values of each group, of axes that are cut into so many: see `groups.cuts`."""
+    shape, fronts = [], []
+    numbers = dict(map(tuple, cuts))
+    for axis, size in enumerate(value.shape):
+        if axis in numbers:
+            fronts.append(len(shape))
+            shape += [numbers[axis], size // numbers[axis]]
+        else:
+            shape.append(size)
+    value = np.moveaxis(value.reshape(shape), fronts, range(len(fronts)))
+    return value.reshape(math.prod(numbers.values()), -1)
 
 
 def _packed(value: np.ndarray, quantizer: Quantizer | None):
@@ -126,27 +140,28 @@ def _packed(value: np.ndarray, quantizer: Quantizer | None):
     if quantizer is not None and quantizer.method == "stored":  # it does not say where zero lies
         quantizer = quantizer if len(np.unique(value)) <= quantizer.levels else None
     if quantizer is None:
-        axis, number = -1, value.shape[-1]
-        columns = value.reshape(-1, number).T
+        last = value.ndim - 1
+        columns = _grouped(value, [(last, value.shape[-1])])
         levels = max(len(np.unique(column)) for column in columns)
         bits = max((levels - 1).bit_length(), 1)
+        cuts = [(last, value.shape[-1])]
         if (of_all := len(np.unique(value))) <= 2**bits:  # one table will do
-            number, levels = 1, of_all
+            cuts, levels = [], of_all
     else:
-        axis, bits = groups.channel_axis(quantizer), quantizer.bits
+        bits = quantizer.bits
         number, levels = packing.table_shape(quantizer, value.shape, value.dtype)
+        cuts = list(groups.cuts(quantizer, value.shape).items()) if number > 1 else []
     if bits > packing.MAX_BITS:
         return None
-    channels_first = np.moveaxis(value, axis, 0)
-    indices, table = [], []
-    for own in channels_first.reshape(number, -1):
+    indices, table = np.empty(value.size, np.int64), []
+    places = _grouped(np.arange(value.size).reshape(value.shape), cuts)
+    for own, where in zip(_grouped(value, cuts), places, strict=True):
         found = np.unique(own)
         if len(found) > levels:
             raise ValueError(f"{quantizer.method!r} gives {len(found)} values, not {levels}")
-        indices.append(np.searchsorted(found, own))
+        indices[where] = np.searchsorted(found, own)
         table.append(np.pad(found, (0, levels - len(found)), mode="edge"))
-    indices = np.moveaxis(np.stack(indices).reshape(channels_first.shape), 0, axis)
     codes, table = packing.pack(indices, bits), np.stack(table)
     if quantizer is None and codes.nbytes + table.nbytes >= value.nbytes:
         return None
-    return codes, table, {"bits": bits, "shape": value.shape, "axis": axis}
+    return codes, table, {"bits": bits, "shape": value.shape, "cuts": cuts}

@@ -34,20 +34,20 @@ def calibrate(model: nnx.Module, *inputs, how: str = "own") -> nnx.Module:
             return
         found[path] = {}
         if precision.input is not None:
-            found[path]["input"] = quantizers.calibrate(precision.input, x, how)
+            found[path]["input"] = x, quantizers.calibrate(precision.input, x, how)
             if wanted("lost") and quantizers.loses_negatives(precision.input):
                 size = jnp.sum(jnp.abs(x), dtype=jnp.float32)
                 below = jnp.sum(jnp.maximum(-x, 0), dtype=jnp.float32)
                 add("lost", path, below / jnp.maximum(size, jnp.finfo(jnp.float32).tiny))
         if precision.output is not None:
             y = linear.without_norm(x, layer)
-            found[path]["output"] = quantizers.calibrate(precision.output, y, how)
+            found[path]["output"] = y, quantizers.calibrate(precision.output, y, how)
         if precision.inner:
             for (site, name), values in layer.inner_values(x, precision).items():
                 quantizer = precision.quantizers.get(site)
                 if quantizer is not None:
                     name = branch_maps.inner_name(site, name)
-                    found[path][name] = quantizers.calibrate(quantizer, values, how)
+                    found[path][name] = values, quantizers.calibrate(quantizer, values, how)
 
     plain = observe.watched(model, observer)
     for _, layer in rules.layers(plain):
@@ -58,13 +58,13 @@ def calibrate(model: nnx.Module, *inputs, how: str = "own") -> nnx.Module:
     model = nnx.merge(*nnx.split(model))
     for path, layer in rules.layers(model):
         for name, range_ in (layer.ranges or {}).items():
-            if name in found.get(path, {}):
-                range_.set(found[path][name])
-            elif name in layer.spec.branches:
-                kernel, before = getattr(layer, name).kernel[...], range_.arrays()
-                fitted = quantizers.calibrate(range_.quantizer, kernel, how)
+            fitted = found.get(path, {}).get(name)
+            if fitted is None and name in layer.spec.branches:
+                kernel = getattr(layer, name).kernel[...]
+                fitted = kernel, quantizers.calibrate(range_.quantizer, kernel, how)
+            if fitted is not None:
+                values, arrays = fitted
                 # ReLinear starts some kernels at 0, which say nothing of a range.
-                anything = jnp.any(kernel != 0)
-                choose = functools.partial(jnp.where, anything)
-                range_.set(jax.tree.map(choose, fitted, before))
+                choose = functools.partial(jnp.where, jnp.any(values != 0))
+                range_.set(jax.tree.map(choose, arrays, range_.arrays()))
     return model

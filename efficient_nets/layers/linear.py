@@ -1,7 +1,7 @@
 """Dense and Conv: the one layer, with its four axes given by a `LayerSpec`."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +41,7 @@ class Layer(nnx.Module):
 
     def __init__(self, geometry: Geometry, spec: LayerSpec | None, rngs: nnx.Rngs):
         self.geometry, self.spec, self.removed = geometry, spec or LayerSpec(), False
+        self.transforms = nnx.data(None)
         self._make_branches(rngs)
 
     def _make_branches(self, rngs: nnx.Rngs, linear: neurons.Branch | None = None) -> None:
@@ -52,19 +53,25 @@ class Layer(nnx.Module):
         self._make_ranges(rngs)
 
     def _make_transforms(self) -> None:
-        found, made = self.linear_map, None  # which says what the geometry does not allow
-        if isinstance(found, winograd.WinogradMap) and found.form.learned:
+        """Those that the algorithm learns; they stay if there are any."""
+        found = self.linear_map  # which says what the geometry does not allow
+        learned = isinstance(found, winograd.WinogradMap) and found.form.learned
+        if learned and self.transforms is None:
             dtype = self.geometry.param_dtype
             exact = found.constants().items()
             made = nnx.Dict({name: nnx.Param(jnp.asarray(m, dtype)) for name, m in exact})
-        self.transforms = nnx.data(made)
+            self.transforms = nnx.data(made)
 
     def _make_ranges(self, rngs: nnx.Rngs) -> None:
         branches = {name: getattr(self, name) for name in self.spec.branches}
         made = precisions.make(self.geometry, self.spec.precision, branches, rngs)
         if self.spec.precision.inner:
             x = precisions.typical_images(self.geometry, self.spec.precision.input)
-            values = self.inner_values(x, self.spec.precision)
+            kernels = {
+                name: precisions.typical_kernel(self.geometry, branch.kernel[...], rngs)
+                for name, branch in branches.items()
+            }
+            values = self.inner_values(x, self.spec.precision, kernels)
             made |= precisions.inner(values, self.spec.precision, rngs)
         self.ranges = nnx.data(nnx.Dict(made) if made else None)
 
@@ -74,9 +81,13 @@ class Layer(nnx.Module):
         They are made anew, by `spec.start`, if the new spec stores other ones or names a start.
 
         Raises:
-          UserError: on a 'relinear' start of a layer that is not linear.
+          UserError: on a 'relinear' start of a layer that is not linear, or transformed kernels.
         """
+        if self.kernel_site != "kernel":
+            raise UserError("its kernels are transformed, for use: they have no other form again")
         before, self.spec = self.spec, spec
+        if spec.algorithm != before.algorithm:
+            self.transforms = nnx.data(None)
         if spec.storage == before.storage and spec.start == "own":
             if spec.algorithm != before.algorithm:
                 self._make_transforms()
@@ -129,11 +140,17 @@ class Layer(nnx.Module):
             )
         return winograd.WinogradMap(direct, self.spec.algorithm)
 
-    def inner_values(self, x: Array, precision: Precision) -> dict[tuple[str, str], Array]:
+    def inner_values(
+        self, x: Array, precision: Precision, kernels: Mapping[str, Array] | None = None
+    ) -> dict[tuple[str, str], Array]:
         """What comes to each site inside of the map's transforms, nothing being rounded.
 
         By the site and the name of what is there, see `ops.winograd.apply`; x as the layer reads
-        it. The precision says which sites are asked for.
+        it. The precision says which sites are asked for. Kernels are by branch, the layer's own if
+        none are given.
+
+        Raises:
+          UserError: if it asks for what is between the steps of transforms that have one each.
         """
         found = {}
 
@@ -143,9 +160,14 @@ class Layer(nnx.Module):
         ranges = self.learned_transforms()
         for kind, positions in self.spec.parts.kinds.items():
             branches = tuple(self.spec.branches[i] for i in positions)
-            kernels = [getattr(self, name).kernel[...] for name in branches]
+            own = [(kernels or {}).get(name, getattr(self, name).kernel[...]) for name in branches]
             branch_maps.transformed_map(
-                self.linear_map, precision, (kind, branches), x, kernels, ranges, visit
+                self.linear_map, precision, (kind, branches), x, own, ranges, visit
+            )
+        if precision.between is not None and not any(site == "between" for site, _ in found):
+            raise UserError(
+                f"precision.between: the transforms of algorithm='{self.spec.algorithm}' with "
+                f"kernel_size={self.geometry.kernel_size} have one step each; leave it out"
             )
         return found
 
@@ -189,7 +211,9 @@ class Layer(nnx.Module):
         kernel, quantizer = getattr(self, branch).kernel[...], self.spec.precision.kernel
         if quantizer is None:
             return kernel
-        return quantizers.quantize(quantizer, kernel, self.ranges[branch].arrays())
+        found = quantizers.rounded(quantizer, kernel, self.ranges[branch].arrays())
+        found = quantizers.value(found)
+        return found.astype(kernel.dtype) if jnp.issubdtype(kernel.dtype, jnp.floating) else found
 
     @property
     def observes(self) -> bool:

@@ -77,9 +77,7 @@ def make(
             made[site] = Range(quantizer, _typical(quantizer, channels), rngs)
             continue
         for name, branch in branches.items():
-            kernel = branch.kernel[...]
-            fresh = geometry.kernel_init(rngs.params(), kernel.shape, kernel.dtype)
-            like = jnp.where(jnp.any(kernel != 0), kernel, fresh)  # ReLinear starts some at 0
+            like = typical_kernel(geometry, branch.kernel[...], rngs)
             made[name] = Range(quantizer, like, rngs)
     return made
 
@@ -93,6 +91,12 @@ def inner(
         for (site, name), value in values.items()
         if site in precision.inner
     }
+
+
+def typical_kernel(geometry: Geometry, kernel: Array, rngs: nnx.Rngs) -> Array:
+    """The kernel, or a fresh one where it is 0 everywhere: ReLinear starts some so."""
+    fresh = geometry.kernel_init(rngs.params(), kernel.shape, kernel.dtype)
+    return jnp.where(jnp.any(kernel != 0), kernel, fresh)
 
 
 def typical_images(geometry: Geometry, quantizer: Quantizer | None) -> Array:

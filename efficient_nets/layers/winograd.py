@@ -14,7 +14,8 @@ def transform_kernels(model: nnx.Module) -> nnx.Module:
 
     What the layers compute stays; what is done to kernels first - rounding, learned or constant
     transforms, rounding between their steps - is done once. A kernel `(3, 3, in, C)` becomes
-    `(36, in, C)` for tiles of 4. Such a net is not to be trained.
+    `(36, in, C)` for tiles of 4, of float32 or wider. Such a net is not to be trained. A layer
+    whose kernel quantizer also scales the output, as XNOR-Net++'s does, stays as it is.
 
     Args:
       model: The trained net; it is left as it is.
@@ -28,9 +29,13 @@ def transform_kernels(model: nnx.Module) -> nnx.Module:
 
 
 def is_transformable(layer: linear.Layer) -> bool:
-    """Whether it transforms its kernels as it runs."""
-    form = layer.spec.algorithm
-    return form != winograd.DIRECT and not form.transformed
+    """Whether it transforms its kernels as it runs, and their quantizer does nothing else.
+
+    XNOR-Net++'s has factors that multiply what the map gives.
+    """
+    form, quantizer = layer.spec.algorithm, layer.spec.precision.kernel
+    scales = quantizer is not None and quantizers.method(quantizer).output_scale is not None
+    return form != winograd.DIRECT and not form.transformed and not scales
 
 
 def transform_layer(layer: linear.Layer) -> None:
@@ -55,7 +60,7 @@ def transform_layer(layer: linear.Layer) -> None:
         made = winograd.transformed_kernel(
             static, exact, matrices, visit, name, stepwise=sites.between is not None
         )
-        getattr(layer, name).kernel = nnx.Param(made.astype(kernel.dtype))
+        getattr(layer, name).kernel = nnx.Param(made)
     layer.spec = dataclasses.replace(
         layer.spec,
         algorithm=dataclasses.replace(layer.spec.algorithm, transformed=True),

@@ -109,7 +109,7 @@ def branch_maps(
       branches: Their names, which a map with transforms asks for.
       observes: Whether it is one of training.
     """
-    ranges = dict(ranges)
+    given, ranges = ranges, dict(ranges)
     x_rounded, padless = _rounded_input(precision.input, linear_map, x, ranges.get("input"))
     of_kernels = ranges.get("kernel", (None,) * len(kernels))
     rounded = [_rounded(precision.kernel, *pair) for pair in zip(kernels, of_kernels, strict=True)]
@@ -119,8 +119,11 @@ def branch_maps(
         own = [kernels[i] for i in positions]
         if isinstance(linear_map, WinogradMap):
             names = tuple(branches[i] for i in positions)
-            values = tuple(_value(part, kernel, x) for part, kernel in zip(parts, own, strict=True))
-            inside = {name: ranges[name] for name in _inside(precision, ranges)}
+            # Transforms are of float32 kernels. All kinds move the ranges from what was given, so
+            # that those of the transforms, which they share, move once.
+            wide = jnp.zeros((), linear_maps.wide(x.dtype))
+            values = tuple(_value(*pair, wide) for pair in zip(parts, own, strict=True))
+            inside = {name: given[name] for name in _inside(precision, given)}
             z[kind], moved = _transformed(
                 padless, precision, (kind, names), observes, _value(x_rounded, x, x), values, inside
             )
@@ -175,7 +178,8 @@ def _transformed(
         if observes:
             arrays = moved[key] = quantizers.observe(quantizer, values, arrays)
         found = quantizers.rounded(quantizer, values, arrays)
-        if site == "transformed_input" and found.codes is not None and not _trainable(kernels):
+        whole = site == "transformed_input" and not (quantizer.pauses or _trainable(kernels))
+        if whole and found.codes is not None:
             able = [jnp.int8, jnp.int16, jnp.int32]
             dtype = narrowest(quantizers.code_bounds(quantizer), able)
             found = found._replace(codes=found.codes.astype(dtype))

@@ -1,6 +1,5 @@
 """What wiNAS chooses from: pairs of an algorithm and a precision, as `config.winas.candidates`."""
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 
@@ -86,18 +85,19 @@ def of_config(config: ConfigDict) -> list[dict[str, str]]:
 def searched(config: ConfigDict) -> list[str]:
     """Paths of the convolutions that `config.winas.layers` matches, in the order of the calls.
 
-    Those of one tap are left out, as Winograd's algorithm is none for them.
+    Those that Winograd's algorithm is none for are left out: of one tap, also in each phase of a
+    stride, and dilated ones.
 
     Raises:
       UserError: if there are none.
     """
     info = data.describe(config.data)
     model = experiment.abstract_model(config, info)
-    kernels = {path: layer.geometry.kernel_size for path, layer in layers.layers(model)}
+    geometries = {path: layer.geometry for path, layer in layers.layers(model)}
     able = [
         cost.name
         for cost in analysis.layer_costs(model, info.image_shape)
-        if math.prod(kernels[cost.name]) > 1
+        if _has_tiles(geometries[cost.name])
     ]
     field = f"winas.layers={config.winas.layers!r}"
     try:
@@ -116,3 +116,9 @@ def with_chosen(config: ConfigDict, chosen: Mapping[str, Candidate]) -> ConfigDi
     config = config.copy_and_resolve_references()
     config.layers = rules.with_fields(config.layers, chosen, every)
     return config
+
+
+def _has_tiles(geometry) -> bool:
+    """Whether there are several taps along an axis, without gaps between them."""
+    pairs = zip(geometry.kernel_size, geometry.strides, strict=True)
+    return set(geometry.dilation) == {1} and any(size > stride for size, stride in pairs)

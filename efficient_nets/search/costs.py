@@ -101,13 +101,14 @@ def shapes(config: ConfigDict, paths: Sequence[str]) -> dict[str, str]:
     model = experiment.abstract_model(config, info)
     found = dict(layers.layers(model))
     inputs = {c.name: c.input_shape for c in analysis.layer_costs(model, info.image_shape)}
-    return {path: _shape(found[path].geometry, inputs[path]) for path in paths}
+    return {path: _shape(found[path], inputs[path]) for path in paths}
 
 
-def _shape(geometry, input_shape) -> str:
+def _shape(layer: layers.Layer, input_shape) -> str:
     def text(numbers):
         return "x".join(map(str, numbers))
 
+    geometry, spec = layer.geometry, layer.spec
     padding = geometry.padding
     if not isinstance(padding, str):
         padding = text(f"{low}+{high}" for low, high in padding)
@@ -115,4 +116,7 @@ def _shape(geometry, input_shape) -> str:
         f"{text(input_shape)} to {geometry.features}, {text(geometry.kernel_size)}, "
         f"strides {text(geometry.strides)}, padding {padding}"
         + (f", groups {geometry.groups}" if geometry.groups > 1 else "")
+        + (f", dilation {text(geometry.dilation)}" if max(geometry.dilation) > 1 else "")
+        + (f", {spec.neuron}" if spec.neuron != "linear" else "")
+        + (f", norm {spec.norm}" if spec.norm != "none" else "")
     )

@@ -9,6 +9,7 @@ simulation, not of integer kernels. A table from a machine that has these can be
 the file is plain JSON.
 """
 
+import dataclasses
 import pathlib
 import platform
 import statistics
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from efficient_nets import analysis, data, experiment, layers, reporting, workdirs
 from efficient_nets import config as configs
-from efficient_nets.layers import Layer, LayerSpec
+from efficient_nets.layers import Layer
 from efficient_nets.search import candidates as space
 from efficient_nets.search import costs
 
@@ -97,9 +98,10 @@ def _layer(like: Layer, candidate: space.Candidate) -> Layer:
         geometry.kernel_size,
         strides=geometry.strides,
         padding=geometry.padding,
+        dilation=geometry.dilation,
         groups=geometry.groups,
         use_bias=geometry.use_bias,
-        spec=LayerSpec(**candidate),
+        spec=dataclasses.replace(like.spec, **candidate),
         dtype=geometry.dtype,
         rngs=nnx.Rngs(0),
     )

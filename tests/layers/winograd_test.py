@@ -285,3 +285,134 @@ def test_more_than_eight_bits_have_no_codes(bits):
         jax.jit(functools.partial(lambda net, x: net(x), net))(IMAGES) for net in (layer, whole)
     ]
     np.testing.assert_array_equal(*jitted)
+
+
+def jitted(net, x=IMAGES):
+    graph, state = nnx.split(net)
+    return np.asarray(jax.jit(lambda state, x: nnx.merge(graph, state)(x))(state, x))
+
+
+KERNELS = {
+    "ttq": dict(method="ttq"),
+    "lq": dict(method="lq", bits=3),
+    "zero point": dict(method="minmax", bits=4, signed=False, zero_point=True),
+    "dorefa": dict(method="dorefa", bits=8),
+}
+
+
+@pytest.mark.parametrize("per", ["tap", "tap:channel", "channel"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_each_range_of_a_packed_kernel_has_its_own_table(kernel, per, tmp_path):
+    fields = dict(KERNELS[kernel]) | (
+        {} if kernel == "dorefa" and per == "channel" else {"per": per}
+    )
+    layer = conv(algorithm="winograd:2", precision={"transformed_kernel": fields})
+    layer.eval()
+    size = deploy.save(layer, tmp_path / "net")
+    loaded = deploy.load(nnx.eval_shape(lambda: layer), tmp_path / "net")
+    np.testing.assert_array_equal(jitted(loaded), jitted(deploy.to_integers(layer)))
+    header = int.from_bytes((tmp_path / "net").read_bytes()[:8], "little") + 8
+    assert size - header == model_cost(layer, (7, 6, 4))["packed_bytes"]
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [
+        # Codes of 9 bits beside such of 8.
+        dict(
+            transformed_kernel=dict(method="dorefa", bits=8),
+            transformed_input=dict(method="lsq", bits=8),
+        ),
+        # Values pass as they are on one side, in float epochs.
+        dict(
+            transformed_kernel=dict(method="lsq", bits=8),
+            transformed_input=dict(method="lsq", bits=8, float_epochs=2.0),
+        ),
+        # The kernel alone is whole numbers, and the other way round.
+        "lsq:w8",
+        "lsq:w8a8su8",
+        # Factors behind the map, which transformed kernels would lose.
+        dict(
+            kernel=dict(method="xnor++", case=3, size=(7, 6)),
+            transformed_kernel=dict(method="lsq", bits=8),
+        ),
+    ],
+    ids=["wide codes", "float epochs", "kernel", "no input", "factors"],
+)
+def test_other_nets_for_use_give_the_same(precision):
+    layer = layers.calibrate(conv(algorithm="winograd:2,flex", precision=precision), IMAGES)
+    layer.eval()
+    # Float epochs may round the sums of values in another order.
+    atol = 1e-5 * np.abs(jitted(layer)).max()
+    np.testing.assert_allclose(jitted(deploy.to_integers(layer)), jitted(layer), atol=atol)
+    twice = layers.transform_kernels(deploy.to_integers(layer))
+    np.testing.assert_allclose(jitted(twice), jitted(layer), atol=atol)
+
+
+def test_two_kinds_of_reading_move_the_ranges_of_their_transforms_once():
+    one, two = (
+        conv(algorithm="winograd:2", precision="minmax:i8t8", neuron=neuron)
+        for neuron in ("linear", "t2&4")
+    )
+    for layer in (one, two):
+        layer.ranges["transforms_BT3"].hi[...] = jnp.zeros(1)
+        layer(IMAGES)
+    assert {"hadamard_x", "hadamard_square"} < set(two.ranges)
+    np.testing.assert_array_equal(
+        one.ranges["transforms_BT3"].hi[...], two.ranges["transforms_BT3"].hi[...]
+    )
+
+
+def test_relinear_keeps_learned_transforms_and_gives_new_kernels_steps():
+    layer = conv(algorithm="winograd:2,flex")
+    layer.transforms["AT3"][...] *= 1.5
+    rule = dict(match="", neuron="ours", start="relinear")
+    found = layers.convert(layer, [rule], jax.random.key(2))
+    np.testing.assert_allclose(found(IMAGES), layer(IMAGES), atol=1e-5)
+    found = layers.convert(layer, [rule | dict(precision="lsq:i8")], jax.random.key(2))
+    for net in (found, layers.calibrate(found, IMAGES)):
+        steps = [float(net.ranges[f"transformed_kernel_{name}"].step[...][0]) for name in "abc"]
+        assert max(steps) < 3 * min(steps)  # a step of nothing would be 2 / sqrt(127)
+
+
+def test_between_is_where_a_transform_has_two_steps():
+    spec = LayerSpec(algorithm="winograd:2", precision="minmax:b8")
+    with pytest.raises(UserError, match="precision.between: the transforms .* have one step each"):
+        Conv(4, 6, (3,), spec=spec, rngs=nnx.Rngs(0))
+    spec = LayerSpec(algorithm="winograd:2,legendre", precision="minmax:b8")
+    for kernel in ((1, 3), (3, 1)):
+        found = Conv(4, 6, kernel, spec=spec, rngs=nnx.Rngs(0))
+        assert len([name for name in found.ranges if name.startswith("between")]) == 3
+
+
+def test_shapes_between_steps_are_those_of_the_other_sites():
+    layer = conv(algorithm="winograd:2,legendre", precision="minmax:b8")
+    found = layer.inner_values(IMAGES, layer.spec.precision)
+    shapes = {name: x.shape for (site, name), x in found.items() if site == "between"}
+    assert shapes["input_base0_x"] == (16, 2, 4 * 3, 4)
+    assert shapes["input_pass1_x"] == (16, 2, 4 * 3, 4)
+    assert shapes["output_pass1_x"] == (8, 2, 4 * 3, 6)
+    assert shapes["kernel_pass1_w"] == (12, 4, 6)
+
+
+def test_transformed_kernels_are_the_end():
+    used = layers.transform_kernels(conv(algorithm="winograd:2"))
+    with pytest.raises(UserError, match="its kernels are transformed, for use"):
+        layers.convert(used, [dict(match="", algorithm="direct")], jax.random.key(0))
+
+
+def test_squares_are_transformed_as_they_are_rounded():
+    layer = conv(algorithm="winograd:2", precision="minmax:w8a4si6", neuron="t2")
+    (cost,) = layer_costs(layer, (8, 8, 4))
+    products = 16 * 4 * 4 * 4 * 6
+    assert cost.bops == products * 6 * 6 + 8 * 8 * 4 * 4 * 4
+
+
+def test_phases_behind_the_kernel_are_left_out():
+    layer = Conv(
+        4, 6, (1, 3), strides=(2, 1), spec=LayerSpec(algorithm="winograd:2"), rngs=nnx.Rngs(0)
+    )
+    (cost,) = layer_costs(layer, (8, 8, 4))
+    assert cost.macs == 4 * (4 * 4) * 4 * 6
+    plain = layers.convert(layer, [dict(match="", algorithm="direct")], jax.random.key(0))
+    np.testing.assert_allclose(jitted(layer), jitted(plain), atol=1e-5)

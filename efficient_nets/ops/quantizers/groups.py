@@ -18,8 +18,10 @@ def channel_axis(quantizer: Quantizer) -> int:
     return -2 if (quantizer.role, quantizer.axis) == ("kernel", "in") else -1
 
 
-def _cuts(quantizer: Quantizer, shape: Sequence[int]) -> dict[int, int]:
+def cuts(quantizer: Quantizer, shape: Sequence[int]) -> dict[int, int]:
     """The axes that are cut, from the first one on, and the number of groups of each.
+
+    Groups are counted along the last of them first.
 
     Raises:
       UserError: if groups of that number or size do not divide the channels.
@@ -53,7 +55,7 @@ def count(quantizer: Quantizer, shape: Sequence[int]) -> int:
     Raises:
       UserError: if groups of that number or size do not divide the channels.
     """
-    return math.prod(_cuts(quantizer, shape).values())
+    return math.prod(cuts(quantizer, shape).values())
 
 
 def reduce(quantizer: Quantizer, x: Array, function: Callable) -> Array:
@@ -61,27 +63,27 @@ def reduce(quantizer: Quantizer, x: Array, function: Callable) -> Array:
 
     What the function gives has the axes that are left behind any others.
     """
-    cuts = _cuts(quantizer, x.shape) or {x.ndim + channel_axis(quantizer): 1}
+    cut = cuts(quantizer, x.shape) or {x.ndim + channel_axis(quantizer): 1}
     shape, kept = [], []
     for axis, size in enumerate(x.shape):
-        if axis in cuts:
+        if axis in cut:
             kept.append(len(shape))
-            shape += [cuts[axis], size // cuts[axis]]
+            shape += [cut[axis], size // cut[axis]]
         else:
             shape.append(size)
     found = function(x.reshape(shape), axis=tuple(i for i in range(len(shape)) if i not in kept))
-    return found.reshape(*found.shape[: found.ndim - len(cuts)], -1)
+    return found.reshape(*found.shape[: found.ndim - len(cut)], -1)
 
 
 def spread(quantizer: Quantizer, values: Array, x: Array) -> Array:
     """Figures of groups `(G,)`, with an axis for each of x's, so that they broadcast to x."""
     if values.shape[0] == 1:
         return values.reshape((1,) * x.ndim)
-    cuts = _cuts(quantizer, x.shape)
-    for axis, groups in cuts.items():  # several axes: each group is of one index of each
+    cut = cuts(quantizer, x.shape)
+    for axis, groups in cut.items():  # several axes: each group is of one index of each
         if groups < x.shape[axis]:
             values = jnp.repeat(values, x.shape[axis] // groups)
-    return values.reshape([x.shape[axis] if axis in cuts else 1 for axis in range(x.ndim)])
+    return values.reshape([x.shape[axis] if axis in cut else 1 for axis in range(x.ndim)])
 
 
 def size(quantizer: Quantizer, x: Array) -> int:

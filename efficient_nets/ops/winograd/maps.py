@@ -66,7 +66,8 @@ def axis_of(form: Winograd, kernel: int, stride: int) -> Axis:
     pieces = -(-taps // (form.taps or taps))
     taps = -(-taps // pieces)
     form.check_taps(taps)
-    return Axis(form.tile if taps > 1 else 1, taps, pieces, stride)
+    # Phases behind the kernel's end have nothing of it.
+    return Axis(form.tile if taps > 1 else 1, taps, pieces, min(stride, kernel))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,14 +217,25 @@ def _seen_matrices(matrices: Mapping[str, Array], dtype, visit: Visit) -> dict[s
     return made
 
 
-def _between(visit: Visit, transform: str, name: str) -> Callable[[str, Array], Array]:
-    """What is made of the values behind a step of a transform."""
+def _between(visit: Visit, transform: str, name: str) -> Callable[[str, Array, int], Array]:
+    """What is made of the values behind a step of a transform.
 
-    def seen(step, x):
-        found = visit("between", f"{transform}_{step}_{name}", x)
-        return x if found is None else value(found)
+    `visit` is told of `(taps, N, positions, C)`, for a kernel `(taps, positions, C)`.
+    """
+
+    def seen(step, x, lead):
+        # `lead` axes of positions, then the batch where there is one, as at other inner sites.
+        batch = () if transform == "kernel" else (x.shape[lead],)
+        shape = (math.prod(x.shape[:lead]), *batch, -1, _channels(transform, x))
+        found = visit("between", f"{transform}_{step}_{name}", x.reshape(shape))
+        return x if found is None else value(found).reshape(x.shape)
 
     return seen
+
+
+def _channels(transform: str, x: Array) -> int:
+    """Of an input they are in the last two axes, groups and the channels of each."""
+    return math.prod(x.shape[-2:]) if transform == "input" else x.shape[-1]
 
 
 def _groups(static: WinogradMap, which: str, matrices) -> list[tuple[str, list[Array | None]]]:
@@ -278,8 +290,10 @@ def _step_by_step(groups, x: Array, seen, enter=None) -> Array:
                 continue
             x = _times(group[index], x)
             done += 1
-            if done < todo and (kind == "pass" or index == 0):
-                x = seen(f"{kind}{index}", x)
+            more = any(matrix is not None for matrix in group[:index])
+            if done < todo and (kind == "pass" or not more):
+                lead = len(group) - index if enter is not None and number == 0 else len(group)
+                x = seen(f"{kind}{index}", x, lead)
     return x
 
 
@@ -376,10 +390,13 @@ def _products(
         return x if found is None else value(found)
 
     exact, sums = None, wide(dtype)
-    whole = all(jnp.issubdtype(u.dtype, jnp.integer) for u in us)
     if _has_codes(seen, seen_kernels):
+        # In float epochs v's codes are the values themselves.
+        types = [x.dtype for x in (seen.codes, *us)]
+        whole = all(jnp.issubdtype(each, jnp.integer) for each in types)
         codes = us if whole else [found.codes for found in seen_kernels]
-        operands = (seen.codes.dtype, jnp.int32) if whole else (dtype, sums)
+        widest = max(types, key=lambda each: jnp.iinfo(each).bits) if whole else dtype
+        operands = (widest, jnp.int32) if whole else (dtype, sums)
         z = products(seen.codes, codes, *operands).astype(sums)
         scales = [
             jnp.broadcast_to(found.scale, (*found.scale.shape[:2], u.shape[-1]))
