@@ -60,7 +60,7 @@ def test_no_more_values_than_levels(method, site, levels, per):
     found = np.asarray(quantizers.quantize(spec, x, quantizers.start(spec, x)))
     channels = np.split(found, 4, axis=2)
     if quantizers.METHODS[method][site].grouped:
-        channels = np.split(found, groups.count(spec, 4), axis=2)
+        channels = np.split(found, groups.count(spec, x.shape), axis=2)
     for group in channels:
         assert len(np.unique(group)) <= levels
     # Counts of kernels that layers pack: codes, where there are some, are as few.
@@ -347,7 +347,7 @@ def test_groups_have_their_own_figures(per, axis):
         x = values(spec)
         found = quantizers.quantize(spec, x, quantizers.start(spec, x))
         cut = 1 if axis == "in" else 2
-        parts = np.split(np.asarray(x), groups.count(spec, 4), axis=cut)
+        parts = np.split(np.asarray(x), groups.count(spec, x.shape), axis=cut)
         parts = [
             quantizers.quantize(alone, p, quantizers.start(alone, p))
             for p in map(jnp.asarray, parts)
