@@ -384,3 +384,20 @@ def test_a_range_below_zero_comes_back(method, name, good, value):
     dx, slopes = jax.grad(error, (0, 1))(x, jnp.asarray(learned))
     assert slopes.flatten()[len(good)] < -1e-3
     assert np.all(np.isfinite(dx)) and np.all(np.isfinite(slopes))
+
+
+@pytest.mark.parametrize("levels", [3, 16, 256])
+def test_minmax_rounds_gradients_by_their_own_range(levels):
+    spec = make("minmax", "gradient", levels)
+    x, g = values(spec), np.random.default_rng(3).normal(size=(2, 4, 4)).astype(np.float32)
+    y, back = jax.vjp(lambda x: quantizers.quantize(spec, x, quantizers.start(spec, x)), x)
+    np.testing.assert_array_equal(y, x)
+    low, high = -(levels // 2), (levels - 1) // 2
+    scale = 2 * np.abs(g).max() / np.float32(high - low)
+    expected = np.clip(np.round(g / scale), low, high) * scale
+    (found,) = back(jnp.asarray(g))
+    # But for the largest, which lies on a tie where the levels are even.
+    inner = np.abs(g) < np.abs(g).max()
+    np.testing.assert_allclose(np.asarray(found)[inner], expected[inner], rtol=1e-6)
+    assert np.abs(np.asarray(found) - g).max() <= scale * 0.5001
+    np.testing.assert_array_equal(back(jnp.zeros_like(g))[0], np.zeros_like(g))

@@ -5,16 +5,20 @@ LSQ (arXiv 1902.08153), LSQ+ (arXiv 2004.09576), min-max with moving averages. L
 """
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from efficient_nets.ops import straight_through as through
+from efficient_nets.ops.linear_maps import wide
 from efficient_nets.ops.quantizers import groups
 from efficient_nets.ops.quantizers.fields import above_zero
 from efficient_nets.ops.quantizers.grid import (
     ROUNDING,
     SIGN,
+    TINY,
     above_two,
     any_number,
     divisor,
@@ -25,7 +29,14 @@ from efficient_nets.ops.quantizers.grid import (
     places,
     pseudo,
 )
-from efficient_nets.ops.quantizers.spec import STEP_GRADIENTS, Method, Quantizer, Rounded, Values
+from efficient_nets.ops.quantizers.spec import (
+    STEP_GRADIENTS,
+    Method,
+    Quantizer,
+    Rounded,
+    Values,
+    code_range,
+)
 
 # LSQ and LSQ+
 
@@ -159,6 +170,35 @@ def _fit_minmax(q: Quantizer, lo: Array, hi: Array):
     return {}, {"lo": jnp.minimum(lo, 0), "hi": jnp.maximum(hi, 0)}
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def rounded_gradient(x: Array, levels: int) -> Array:
+    """x; its gradient g is rounded as min-max rounds a signed value, the range being this g's own.
+
+    Nothing observes it: it is known when it is there, and not before.
+    """
+    del levels
+    return x
+
+
+def _rounded_gradient_forward(x, levels):
+    return x, None
+
+
+def _rounded_gradient_backward(levels, saved, g):
+    low, high = code_range(levels, signed=True)
+    precise = g.astype(wide(g.dtype))
+    scale = jnp.maximum(2 * jnp.max(jnp.abs(precise)) / (high - low), TINY)
+    codes = jnp.clip(jnp.round(precise / scale), low, high)
+    return ((codes * scale).astype(g.dtype),)
+
+
+rounded_gradient.defvjp(_rounded_gradient_forward, _rounded_gradient_backward)
+
+
+def _round_gradient(q: Quantizer, x: Array, arrays: Values) -> Rounded:
+    return Rounded(rounded_gradient(x, q.levels), value=x)
+
+
 LSQ = Method(
     _lsq,
     any_number,
@@ -196,5 +236,6 @@ METHODS = {
             grouped=True,
             both_signs=True,
         )
-    ),
+    )
+    | {"gradient": Method(_round_gradient, above_two, most=2**16)},
 }
