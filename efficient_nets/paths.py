@@ -43,6 +43,22 @@ def check_rules(field: str, rules: Sequence[Mapping], allowed: Sequence[str]) ->
             raise UserError(f"{here}.match={rule['match']!r} {reason}") from error
 
 
+def matching(field: str, pattern: str, found: Sequence[str], what: str) -> list[str]:
+    """Those of the names in which the pattern is found.
+
+    Raises:
+      UserError: if it is no regular expression, or is found in none of `what` these are.
+    """
+    here = f"{field}={pattern!r}"
+    try:
+        kept = [name for name in found if re.search(pattern, name)]
+    except re.error as error:
+        raise UserError(f"{here} is no regular expression: {error}") from error
+    if not kept:
+        raise UserError(f"{here} matches none of the {what}: {found}")
+    return kept
+
+
 def lookup(rules: Sequence[Mapping], leaf: str, field: str, default: Any) -> Any:
     """The field of the first rule that has it and whose `match` is found in the leaf's name."""
     for rule in rules:

@@ -7,7 +7,8 @@ import math
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -141,6 +142,34 @@ def evaluation_line(epoch: float, step: int, scalars: Mapping[str, float]) -> st
         percent = name.endswith("accuracy")
         parts.append(f"{name} {100 * value:.2f}%" if percent else f"{name} {value:.4f}")
     return "  ".join(parts)
+
+
+def write_report(
+    workdir: pathlib.Path,
+    name: str,
+    report: dict[str, Any],
+    text: str,
+    plot: Callable[[dict[str, Any], pathlib.Path], None],
+    picture: str = "",
+) -> None:
+    """NAME.json, NAME.txt and plots/PICTURE.png; prints the text, and where they are.
+
+    Args:
+      workdir: Is made if it is not there.
+      name: Of the files.
+      report: Of the JSON file and the picture.
+      text: A table.
+      plot: `(report, path)`: draws the picture.
+      picture: Its name, `name` if it has none of its own.
+    """
+    path = workdir / "plots" / f"{picture or name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(workdir / f"{name}.json", report)
+    (workdir / f"{name}.txt").write_text(text + "\n")
+    plot(report, path)
+    print(text)
+    print(f"report       {workdir / name}.txt, {workdir / name}.json")
+    print(f"plot         {path}", flush=True)
 
 
 def write_json(path: pathlib.Path, value: Mapping) -> None:

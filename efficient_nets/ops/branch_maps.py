@@ -121,11 +121,17 @@ def branch_maps(
             names = tuple(branches[i] for i in positions)
             # Transforms are of float32 kernels. All kinds move the ranges from what was given, so
             # that those of the transforms, which they share, move once.
-            wide = jnp.zeros((), linear_maps.wide(x.dtype))
+            wide = linear_maps.wide(x.dtype)
             values = tuple(_value(*pair, wide) for pair in zip(parts, own, strict=True))
             inside = {name: given[name] for name in _inside(precision, given)}
             z[kind], moved = _transformed(
-                padless, precision, (kind, names), observes, _value(x_rounded, x, x), values, inside
+                padless,
+                precision,
+                (kind, names),
+                observes,
+                _value(x_rounded, x, x.dtype),
+                values,
+                inside,
             )
             ranges |= moved
         else:
@@ -145,8 +151,8 @@ def _direct(precision, linear_map, kind: str, x, x_rounded, own, parts) -> Array
         exact = lax.stop_gradient(_of_codes(precision, linear_map, x, x_rounded, own, parts))
         if not _trainable(own):
             return exact
-    values = [_value(part, kernel, x) for part, kernel in zip(parts, own, strict=True)]
-    z = READS[kind](linear_map, _value(x_rounded, x, x), values)
+    values = [_value(part, kernel, x.dtype) for part, kernel in zip(parts, own, strict=True)]
+    z = READS[kind](linear_map, _value(x_rounded, x, x.dtype), values)
     return z if exact is None else straight_through(exact, z)
 
 
@@ -211,11 +217,11 @@ def _rounded_input(quantizer: Quantizer | None, linear_map, x: Array, arrays: Ar
     return rounded, linear_map.padded(x)[1]
 
 
-def _value(rounded: Rounded | None, x: Array, like: Array) -> Array:
-    """What is computed with; of its own type, or of that of `like` if that is a whole number's."""
+def _value(rounded: Rounded | None, x: Array, dtype: jnp.dtype) -> Array:
+    """What is computed with; of its own type, or of this one if that is a whole number's."""
     if rounded is None:
         return x
-    return quantizers.value(rounded).astype(x.dtype if _trainable([x]) else like.dtype)
+    return quantizers.value(rounded).astype(x.dtype if _trainable([x]) else dtype)
 
 
 def _trainable(kernels: Sequence[Array]) -> bool:

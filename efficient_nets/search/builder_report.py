@@ -18,15 +18,7 @@ COLUMNS = 4  # of RI panels
 
 def write(report: dict[str, Any], workdir: pathlib.Path) -> None:
     """report.json, report.txt and plots/auto_builder.png; prints the table and where they are."""
-    text = table(report)
-    reporting.write_json(workdir / "report.json", report)
-    (workdir / "report.txt").write_text(text + "\n")
-    plots = workdir / "plots"
-    plots.mkdir(exist_ok=True)
-    plot(report, plots / "auto_builder.png")
-    print(text)
-    print(f"report       {workdir / 'report.txt'}, {workdir / 'report.json'}")
-    print(f"plot         {plots / 'auto_builder.png'}")
+    reporting.write_report(workdir, "report", report, table(report), plot, "auto_builder")
     print(f"weights      {workdir / 'round_'}{report['answer']}")
     print(f"built net    {workdir / 'built_config.py'}", flush=True)
 

@@ -1,11 +1,10 @@
 """What wiNAS chooses from: pairs of an algorithm and a precision, as `config.winas.candidates`."""
 
-import re
 from collections.abc import Mapping, Sequence
 
 from ml_collections import ConfigDict
 
-from efficient_nets import analysis, data, experiment, layers
+from efficient_nets import analysis, data, experiment, layers, paths
 from efficient_nets.errors import UserError
 from efficient_nets.layers import LayerSpec, rules
 
@@ -99,14 +98,7 @@ def searched(config: ConfigDict) -> list[str]:
         for cost in analysis.layer_costs(model, info.image_shape)
         if _has_tiles(geometries[cost.name])
     ]
-    field = f"winas.layers={config.winas.layers!r}"
-    try:
-        found = [path for path in able if re.search(config.winas.layers, path)]
-    except re.error as error:
-        raise UserError(f"{field} is no regular expression: {error}") from error
-    if not found:
-        raise UserError(f"{field} matches none of the convolutions of several taps: {able}")
-    return found
+    return paths.matching("winas.layers", config.winas.layers, able, "convolutions of several taps")
 
 
 def with_chosen(config: ConfigDict, chosen: Mapping[str, Candidate]) -> ConfigDict:

@@ -13,16 +13,7 @@ LOWEST = 1e-4  # loss below which the picture shows no difference
 
 def write(report: dict[str, Any], workdir: pathlib.Path) -> None:
     """sensitivity.json, sensitivity.txt and plots/sensitivity.png; prints the table."""
-    text = table(report)
-    workdir.mkdir(parents=True, exist_ok=True)
-    reporting.write_json(workdir / "sensitivity.json", report)
-    (workdir / "sensitivity.txt").write_text(text + "\n")
-    plots = workdir / "plots"
-    plots.mkdir(exist_ok=True)
-    plot(report, plots / "sensitivity.png")
-    print(text)
-    print(f"report       {workdir / 'sensitivity.txt'}, {workdir / 'sensitivity.json'}")
-    print(f"plot         {plots / 'sensitivity.png'}")
+    reporting.write_report(workdir, "sensitivity", report, table(report), plot)
     if "assignment" in report:
         print(f"chosen net   {workdir / 'built_config.py'}", flush=True)
 

@@ -6,7 +6,6 @@ the end all of them.
 """
 
 import dataclasses
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -50,14 +49,7 @@ def candidates(config: ConfigDict) -> list[str]:
     rounded = [cost.name for cost in costs if cost.precision != FLOAT]
     if not rounded:
         raise UserError("layers: no rule has a precision, so there is no layer to switch")
-    field = f"mixed.layers={config.mixed.layers!r}"
-    try:
-        found = [name for name in rounded if re.search(config.mixed.layers, name)]
-    except re.error as error:
-        raise UserError(f"{field} is no regular expression: {error}") from error
-    if not found:
-        raise UserError(f"{field} matches none of the layers that are rounded: {rounded}")
-    return found
+    return paths.matching("mixed.layers", config.mixed.layers, rounded, "layers that are rounded")
 
 
 def measure(

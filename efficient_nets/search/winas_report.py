@@ -12,16 +12,7 @@ from efficient_nets.search import config_file
 
 def write(report: dict[str, Any], workdir: pathlib.Path) -> None:
     """winas.json, winas.txt and plots/winas.png; prints the table."""
-    text = table(report)
-    workdir.mkdir(parents=True, exist_ok=True)
-    reporting.write_json(workdir / "winas.json", report)
-    (workdir / "winas.txt").write_text(text + "\n")
-    plots = workdir / "plots"
-    plots.mkdir(exist_ok=True)
-    plot(report, plots / "winas.png")
-    print(text)
-    print(f"report       {workdir / 'winas.txt'}, {workdir / 'winas.json'}")
-    print(f"plot         {plots / 'winas.png'}")
+    reporting.write_report(workdir, "winas", report, table(report), plot)
     print(f"chosen net   {workdir / 'built_config.py'}", flush=True)
 
 

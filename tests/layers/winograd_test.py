@@ -13,6 +13,7 @@ from efficient_nets import deploy, layers
 from efficient_nets.analysis import layer_costs, model_cost
 from efficient_nets.errors import UserError
 from efficient_nets.layers import Conv, Dense, LayerSpec
+from efficient_nets.ops.quantizers import groups
 from efficient_nets.ops.winograd import transforms
 
 IMAGES = jax.random.normal(jax.random.key(1), (2, 7, 6, 4))
@@ -393,6 +394,31 @@ def test_shapes_between_steps_are_those_of_the_other_sites():
     assert shapes["input_pass1_x"] == (16, 2, 4 * 3, 4)
     assert shapes["output_pass1_x"] == (8, 2, 4 * 3, 6)
     assert shapes["kernel_pass1_w"] == (12, 4, 6)
+
+
+def test_steps_have_the_gradient_of_one_sample():
+    """LSQ's N are the values of a group: of activations those of one image, of a kernel all."""
+    sites = dict.fromkeys(("transformed_input", "transformed_kernel"), {"per": "tap"})
+    sites["between"] = {"per": "layer"}
+    layer = conv(
+        algorithm="winograd:2",
+        precision={site: dict(method="lsq", bits=8) | fields for site, fields in sites.items()},
+    )
+    for batch in (2, 6):
+        x = jnp.zeros((batch, 7, 6, 4))
+        values = layer.inner_values(x, layer.spec.precision)
+        sizes = {
+            name: groups.size(layer.spec.precision.quantizers[site], found)
+            for (site, name), found in values.items()
+            if site in sites and not name.startswith("output")
+        }
+        # 4 x 3 tiles of 4 channels; of 10 padded rows 3 tiles a row.
+        assert sizes == {
+            "x": 4 * 3 * 4,
+            "w": 4 * 6,
+            "input_pass1_x": 4 * 10 * 3 * 4,
+            "kernel_pass1_w": 4 * 3 * 4 * 6,
+        }
 
 
 def test_transformed_kernels_are_the_end():

@@ -127,9 +127,6 @@ class WinogradMap:
     def window_mean(self, x: Array) -> Array:
         return self.direct.window_mean(x)
 
-    def windows(self, x: Array) -> Array:
-        return self.direct.windows(x)
-
     def multiplications(self, outputs: Sequence[int]) -> int:
         """Of one input channel and one feature, for so many outputs along each axis of an image."""
         pairs = zip(self.axes, outputs, strict=True)
@@ -375,8 +372,8 @@ def _products(
     """`(taps, N, tiles, B*C)`: v `(taps, N, tiles, in)` times the kernels `(taps, in/groups, C)`.
 
     Where both have codes and scales that can be taken out of the sums, the products are of the
-    codes, as in `ops.branch_maps`. For kernels of whole numbers they are in the type of v's codes,
-    which is one of whole numbers too, and their sums in int32.
+    codes, as in `ops.branch_maps`. Where all are whole numbers they are in the widest type of
+    these, and their sums in int32.
     """
 
     def products(v, us, operand, out):
