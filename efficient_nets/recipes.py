@@ -137,10 +137,10 @@ def winograd(
 
     Kernels, inputs, outputs and what is inside of transforms have the same bits, each site its own
     range around 0: the moving average of the largest magnitude. With 'tap' what is multiplied has a
-    step for each tap, learned as LSQ's and rounded to a power of two, and the sums of the products
-    are not rounded (Andri et al., arXiv 2209.12982, which holds them in int32). Stem and
-    head are float, convolutions of one tap direct. The architecture 'resnet' is that of preset
-    'winograd'.
+    step for each tap, whose logarithm is learned, as LSQ's steps are, and rounded to a whole
+    number; the sums of the products are not rounded (Andri et al., arXiv 2209.12982, which holds
+    them in int32). Stem and head are float, convolutions of one tap direct. The architecture
+    'resnet' is that of preset 'winograd'.
 
     Args:
       method: A key of `WINOGRAD`.
@@ -177,7 +177,7 @@ def _inside(method: str, bits: int) -> str | dict[str, dict]:
         transforms = "" if method == "static" else f"t{bits}"
         return f"minmax:w{bits}a{bits}si{bits}{transforms}o{bits}s"
     around = dict(method="minmax", bits=bits)
-    taps = dict(method="lsq", bits=bits, per="tap", power_of_two=True)
+    taps = dict(method="lsq", bits=bits, per="tap", power_of_two=True, log_step=True)
     return dict(
         kernel=around,
         **dict.fromkeys(("input", "output"), around | {"signed": True}),

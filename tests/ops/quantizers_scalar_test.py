@@ -117,9 +117,16 @@ def step_gradient(case):
 
 
 def lsq(case, xs, gs, arrays):
-    steps = power_of_two(arrays["step"]) if case.spec.power_of_two else arrays["step"]
+    """With log_step `s = 2^t`, `dt = ds s ln 2`; a power of two has the slope of what it is of."""
+    logarithms = case.spec.option("log_step")
+    learned = [2.0**t for t in arrays["log_step"]] if logarithms else arrays["step"]
+    steps = power_of_two(learned) if case.spec.power_of_two else learned
     values, dx, ds = stepped(case, xs, gs, case.each(steps), case.low, case.high)
-    return values, dx, {"step": [step_gradient(case) * each for each in case.total(ds)]}
+    ds = [step_gradient(case) * each for each in case.total(ds)]
+    if not logarithms:
+        return values, dx, {"step": ds}
+    dt = [d * s * math.log(2) for d, s in zip(ds, learned, strict=True)]
+    return values, dx, {"log_step": dt}
 
 
 def lsq_plus(case, xs, gs, arrays):
@@ -493,6 +500,7 @@ def arrays_of(case):
             for group in range(case.groups)
         ],
     }
+    figures["log_step"] = [math.log2(step) for step in figures["step"]]
     if not case.spec.signed:
         figures["hi"] = [step * (case.spec.levels - 1) for step in steps]
         if case.spec.zero_point:
@@ -636,7 +644,10 @@ def cases():
         yield Case(site, "lsq", levels=4, step_gradient=factor)
         yield Case(site, "lsq+", levels=4, step_gradient=factor, per="groups:2")
     for site in ("kernel", "input"):
-        yield Case(site, "lsq", levels=4, power_of_two=True, per="channel")
+        for method in ("lsq", "lsq+"):
+            yield Case(site, method, levels=4, log_step=True, per="channel")
+        for log_step in (False, True):
+            yield Case(site, "lsq", levels=4, power_of_two=True, log_step=log_step, per="channel")
         yield Case(site, "minmax", levels=4, power_of_two=True, per="channel")
     for fields in (dict(), dict(power_of_two=True), dict(gradient="clipped")):
         yield Case("input", "minmax", levels=16, zero_point=True, per="channel", **fields)

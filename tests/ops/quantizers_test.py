@@ -229,6 +229,34 @@ def test_a_schedule_is_nothing_to_calibrate():
         np.testing.assert_array_equal(found["step"], plain["step"])
 
 
+@pytest.mark.parametrize(("method", "site"), [("lsq", "kernel"), ("lsq+", "input")])
+def test_the_logarithm_of_a_step_is_of_the_same_step(method, site):
+    """As started, as calibrated, and in every stage of a schedule, where powers of two rescale."""
+    fields = dict(stages=((0, 65), (2, 17), (4, 5)))
+    specs = [
+        make(method, site, 5, per="channel", log_step=log_step, signed=True, **fields)
+        for log_step in (False, True)
+    ]
+    x = values(specs[0])
+
+    def compare(of_step, of_log):
+        plain = dict(of_step.learned)
+        step = plain.pop("step")
+        found = dict(of_log.learned)
+        np.testing.assert_allclose(2.0 ** found.pop("log_step"), step, rtol=1e-5)  # of 2^t
+        assert plain.keys() == found.keys()
+
+    for how in ("own", "mse", "percentile", "minmax"):
+        compare(*(quantizers.calibrate(spec, x, how) for spec in specs))
+    arrays = [quantizers.start(spec, x) for spec in specs]
+    highs = []
+    for epoch in (0.0, 2.0, 5.0):
+        arrays = [quantizers.advance(*pair, epoch) for pair in zip(specs, arrays, strict=True)]
+        compare(*arrays)
+        highs.append(np.ptp(quantizers.quantize(specs[1], 100 * x, arrays[1])))
+    np.testing.assert_allclose(highs, highs[0], rtol=0.1)  # 64, 16 or 4 steps
+
+
 def test_a_sample_of_zeros_is_not_divided():
     for normalise in SIZES:
         spec = make("lsq", "input", 4, normalise=normalise)

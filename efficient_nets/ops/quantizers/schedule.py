@@ -6,10 +6,11 @@ step's beginning; what rounds and observes reads it, and does not know the epoch
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
-from efficient_nets.ops.quantizers.spec import Arrays, Quantizer, code_range
+from efficient_nets.ops.quantizers.spec import LOG_STEP, Arrays, Quantizer, code_range
 
 SEEN = "seen_"  # in front of the name of a learned array: what it will start from
 
@@ -50,12 +51,15 @@ def advance(quantizer: Quantizer, arrays: Arrays, epoch: Array | float) -> Array
             name: jnp.where(begins, observed[f"{SEEN}{name}"], value)
             for name, value in learned.items()
         }
-    if quantizer.stages and "step" in learned:
+    if quantizer.stages and {"step", LOG_STEP} & set(learned):
         highs = [code_range(levels, quantizer.signed)[1] for _, levels in quantizer.stages]
-        highs = jnp.asarray(highs, learned["step"].dtype)
+        highs = jnp.asarray(highs, jax.dtypes.result_type(*learned.values()))
         before, after = (jnp.maximum(of["stage"], quantizer.first_stage) for of in (observed, now))
         ratio = highs[before] / highs[after]
-        learned = learned | {"step": learned["step"] * ratio}
+        if LOG_STEP in learned:
+            learned = learned | {LOG_STEP: learned[LOG_STEP] + jnp.log2(ratio)}
+        else:
+            learned = learned | {"step": learned["step"] * ratio}
     return Arrays(learned, observed | now)
 
 

@@ -38,6 +38,8 @@ NORMALISATIONS = {  # by site; see `normalise`
         "variance": "the same with sqrt(mean x^2)",
     },
 }
+# Option of a learned step, and name of the array then: its logarithm to base 2.
+LOG_STEP = "log_step"
 # The most whose codes bfloat16 holds, and whose sums of products are exact in float32.
 CODED_LEVELS = 256
 Values = Mapping[str, Array]

@@ -14,7 +14,7 @@ from jax import Array, lax
 from efficient_nets.ops import straight_through as through
 from efficient_nets.ops.linear_maps import wide
 from efficient_nets.ops.quantizers import groups
-from efficient_nets.ops.quantizers.fields import above_zero
+from efficient_nets.ops.quantizers.fields import above_zero, one_of
 from efficient_nets.ops.quantizers.grid import (
     ROUNDING,
     SIGN,
@@ -30,6 +30,7 @@ from efficient_nets.ops.quantizers.grid import (
     pseudo,
 )
 from efficient_nets.ops.quantizers.spec import (
+    LOG_STEP,
     STEP_GRADIENTS,
     Method,
     Quantizer,
@@ -45,10 +46,13 @@ def _lsq(q: Quantizer, x: Array, arrays: Values) -> Rounded:
     """`s round(clip(x / s, low, high))`.
 
     Straight through inside of (low, high) steps. The gradient of s is `round(x/s) - x/s` inside,
-    low or high outside (equation 3), times the step gradient, by default 1/sqrt(N high).
+    low or high outside (equation 3), times the step gradient, by default 1/sqrt(N high). With
+    `log_step` what is learned is t, the step being `2^t`, its gradient that of s times `s ln 2`
+    (arXiv 1903.08066, section 3.2).
     """
     low, high = limits(q, arrays, x)
-    step = _step(q, x, arrays["step"], high)
+    step = jnp.exp2(arrays[LOG_STEP]) if LOG_STEP in arrays else arrays["step"]
+    step = _step(q, x, step, high)
     scale = groups.spread(q, step, x)
     x = finite(x)
     shift = None
@@ -73,11 +77,15 @@ def _step(q: Quantizer, x: Array, step: Array, high) -> Array:
     return divisor(q, _scaled(q, x, step, high))
 
 
+def _learned(q: Quantizer, step: Array) -> dict[str, Array]:
+    return {LOG_STEP: jnp.log2(step)} if q.option(LOG_STEP) else {"step": step}
+
+
 def _start_lsq(q: Quantizer, x: Array):
     """`2 mean |x| / sqrt(high)`, section 2.1."""
     _, high = first_range(q)
     size = groups.reduce(q, jnp.abs(x), jnp.mean)
-    return {"step": 2 * jnp.where(size > 0, size, 1.0) / high**0.5}, {}
+    return _learned(q, 2 * jnp.where(size > 0, size, 1.0) / high**0.5), {}
 
 
 def _fit_lsq(q: Quantizer, lo: Array, hi: Array):
@@ -86,7 +94,7 @@ def _fit_lsq(q: Quantizer, lo: Array, hi: Array):
     step = jnp.maximum(hi, 0) / high
     if low:
         step = jnp.maximum(step, jnp.minimum(lo, 0) / low)
-    return {"step": jnp.where(step > 0, step, 1.0)}, {}
+    return _learned(q, jnp.where(step > 0, step, 1.0)), {}
 
 
 def _fit_lsq_plus(q: Quantizer, lo: Array, hi: Array):
@@ -94,7 +102,7 @@ def _fit_lsq_plus(q: Quantizer, lo: Array, hi: Array):
         return _fit_lsq(q, lo, hi)
     low, high = first_range(q)
     step = jnp.where(hi > lo, (hi - lo) / (high - low), 1.0)
-    return {"step": step, "offset": lo - low * step}, {}
+    return _learned(q, step) | {"offset": lo - low * step}, {}
 
 
 def _start_lsq_plus(q: Quantizer, x: Array):
@@ -106,7 +114,7 @@ def _start_lsq_plus(q: Quantizer, x: Array):
     if q.role == "kernel":
         mean, std = groups.reduce(q, x, jnp.mean), groups.reduce(q, x, jnp.std)
         most = jnp.maximum(jnp.abs(mean - 3 * std), jnp.abs(mean + 3 * std))
-        return {"step": jnp.where(most > 0, most, 1.0) / (high + 1)}, {}
+        return _learned(q, jnp.where(most > 0, most, 1.0) / (high + 1)), {}
     least, most = groups.reduce(q, x, jnp.min), groups.reduce(q, x, jnp.max)
     middle, half = (least + most) / 2, (most - least) / 2
     half = jnp.where(half > 0, half, 1.0)
@@ -122,7 +130,7 @@ def _start_lsq_plus(q: Quantizer, x: Array):
             step, offset = jnp.where(better, step, best[1]), jnp.where(better, offset, best[2])
             error = jnp.where(better, error, best[0])
         best = error, step, offset
-    return {"step": best[1], "offset": best[2]}, {}
+    return _learned(q, best[1]) | {"offset": best[2]}, {}
 
 
 # Min-max
@@ -204,6 +212,8 @@ LSQ = Method(
     any_number,
     start=_start_lsq,
     fit=_fit_lsq,
+    options={LOG_STEP: False},
+    allowed={LOG_STEP: one_of(False, True)},
     takes=("stages", "step_gradient", "power_of_two"),
     gradients=SIGN,
     grouped=True,
