@@ -268,7 +268,7 @@ def _look(path: str, layer, x: Array, y: Array, gradient) -> LayerAnalysis:
 
 
 def _kernel_maps(layer) -> dict[str, np.ndarray]:
-    kernels = {name: getattr(layer, name).kernel[...] for name in layer.spec.branches}
+    kernels = {name: getattr(layer, name).dense() for name in layer.spec.branches}
     return {
         name: np.asarray(
             kernel[:ROWS, :CHANNELS] if kernel.ndim == 2 else kernel[..., 0, :CHANNELS]

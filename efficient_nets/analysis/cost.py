@@ -16,7 +16,7 @@ from flax import nnx
 
 from efficient_nets.layers import Codes, Layer, layers, watched
 from efficient_nets.layers.winograd import is_transformable, transform_layer
-from efficient_nets.ops import forms, packing, quantizers
+from efficient_nets.ops import factorization, forms, packing, quantizers
 from efficient_nets.ops.quantizers import Arrays, Quantizer
 from efficient_nets.ops.winograd import WinogradMap
 
@@ -28,7 +28,7 @@ class LayerCost:
     Attributes:
       name: Path in the net, such as `stage1/0/conv2`.
       kind: 'Conv' or 'Dense'.
-      kernels: Shapes of the branches' kernels.
+      kernels: Shapes of the branches' kernels; of factorized ones those that their cores make.
       input_shape: `(*spatial, C)` of its first call, without the batch axis.
       output_shape: The same of its output.
       neuron, norm, kernel, algorithm, precision: Members of the axes, see `layers.LayerSpec`.
@@ -44,7 +44,9 @@ class LayerCost:
         with their table of values and scales, and all else that the net computes with.
       macs: Multiply-accumulates of the linear maps and multiplications of squares, forms and the
         neuron's products, over all calls. Under Winograd's algorithm those over the channels, a^2 a
-        tile; the transforms are additions and are not counted.
+        tile; the transforms are additions and are not counted. Of a factorized kernel those with
+        its cores, as it is computed for a single image; where it is made first, that is not
+        counted.
       bops: Bit operations, over all calls: the product of both operands' bits for each of the MACs.
         A square has twice the input's bits; branches are multiplied with each other in float.
     """
@@ -119,7 +121,7 @@ def model_cost(model: nnx.Module, image_shape: Sequence[int]) -> dict[str, Any]:
 
 def _layer_cost(path: str, layer: Layer, input_shape, output_shape) -> LayerCost:
     spec, geometry = layer.spec, layer.geometry
-    kernels = tuple(branch.kernel.shape for branch in layer.branches)
+    kernels = tuple(_kernel_shape(layer, branch) for branch in layer.branches)
     positions = math.prod(output_shape[:-1])
     of_float = 8 * jnp.dtype(geometry.param_dtype).itemsize
     rounded = {
@@ -141,9 +143,14 @@ def _layer_cost(path: str, layer: Layer, input_shape, output_shape) -> LayerCost
     # weight once: a kernel's shape already ends in the output's channels, and its input channels
     # are those of one group.
     each = linear_map.multiplications(output_shape[:-1]) if transformed else 0
+    factorized = 0
+    if layer.branches[0].factored and not transformed and "kernel" not in rounded:
+        factorized = _core_multiplications(layer, math.prod(input_shape[:-1]), positions)
     products = [
         (
-            each * math.prod(geometry.kernel_shape[-2:]) or positions * math.prod(shape),
+            each * math.prod(geometry.kernel_shape[-2:])
+            or factorized
+            or positions * math.prod(shape),
             bits,
             input_bits if reads == "x" else square_bits,
         )
@@ -163,7 +170,7 @@ def _layer_cost(path: str, layer: Layer, input_shape, output_shape) -> LayerCost
         output_shape=output_shape,
         neuron=spec.neuron,
         norm=spec.norm,
-        kernel=spec.kernel,
+        kernel=str(spec.kernel),
         algorithm=str(spec.algorithm),
         precision=str(spec.precision),
         bits=bits,
@@ -176,6 +183,19 @@ def _layer_cost(path: str, layer: Layer, input_shape, output_shape) -> LayerCost
         macs=sum(count for count, *_ in products),
         bops=sum(math.prod(each) for each in products),
     )
+
+
+def _kernel_shape(layer: Layer, branch) -> tuple[int, ...]:
+    return layer.geometry.kernel_shape if branch.factored else branch.kernel.shape
+
+
+def _core_multiplications(layer: Layer, before: int, after: int) -> int:
+    """Of a branch whose input goes from core to core; 0 where its kernel is made first."""
+    kernel = layer.branches[0].kernel
+    found = factorization.plan(
+        kernel.network, kernel.run, (before, after), grouped=layer.geometry.groups > 1
+    )
+    return 0 if found.reconstructs else found.cost.macs
 
 
 def _params(module: nnx.Module) -> int:
@@ -211,8 +231,10 @@ def _packed_bytes(module: nnx.Module) -> int:
             if name not in of_kernels:
                 size += _size(end[1])
                 continue
-            kernel = getattr(layer, of_kernels[name]).kernel
-            size += _packed_kernel(kernel, *end) - _size(kernel)
+            branch = getattr(layer, of_kernels[name])
+            held = nnx.state(branch.kernel) if branch.factored else branch.kernel
+            kernel = jax.ShapeDtypeStruct(_kernel_shape(layer, branch), layer.geometry.param_dtype)
+            size += _packed_kernel(kernel, *end) - _size(held)
     return size
 
 

@@ -31,15 +31,24 @@ def rounds_kernel(layer: Layer) -> bool:
     return any(quantizer is not None and quantizer.method != "stored" for quantizer in of_kernel)
 
 
+def fixed_kernel(layer: Layer) -> str:
+    """Why the kernels take no factor, or ''."""
+    if rounds_kernel(layer):
+        return "its kernel is rounded as it runs: `to_integers` first"
+    if any(branch.factored for branch in layer.branches):
+        return "its kernel is factorized, its features spread over cores: give it a dense one first"
+    return ""
+
+
 def no_scaling(layer: Layer) -> str:
     """Why `scale_output` cannot be, or ''."""
     if not layer.spec.parts.scaling:
         return f"no factor of branches of neuron={layer.spec.neuron!r} is one of its output"
-    if layer.spec.norm == "none" and rounds_kernel(layer):
-        if layer.spec.precision.hadamard or layer.spec.precision.between:
-            return "sums are rounded between its transforms, in steps that a factor would change"
-        return "its kernel is rounded as it runs: `to_integers` first"
-    return ""
+    if layer.spec.norm != "none":
+        return ""
+    if layer.spec.precision.hadamard or layer.spec.precision.between:
+        return "sums are rounded between its transforms, in steps that a factor would change"
+    return fixed_kernel(layer)
 
 
 def no_shifting(layer: Layer) -> str:

@@ -110,8 +110,8 @@ def _fold(model, norm: BatchNorm, path: str, nodes, followed, followers) -> str:
 
 def _fold_branches(layer: Layer) -> str:
     """Takes the norms of branches into them; gives '' or why it cannot be."""
-    if affine.rounds_kernel(layer):
-        return "its kernel is rounded as it runs: `to_integers` first"
+    if reason := affine.fixed_kernel(layer):
+        return reason
     parts = layer.spec.parts
     if parts.bias == "output" and {*parts.shifting} != {*parts.branches}:
         return f"the branches of neuron={layer.spec.neuron!r} have no bias in front of the product"

@@ -7,7 +7,7 @@ from flax import nnx
 
 from efficient_nets import layers, names
 from efficient_nets.layers.winograd import is_transformable, transform_layer
-from efficient_nets.ops import branch_maps, packing, quantizers
+from efficient_nets.ops import branch_maps, factorization, packing, quantizers
 from efficient_nets.ops.quantizers import Quantizer
 
 OPERANDS = {
@@ -105,7 +105,7 @@ def _store(layer: layers.Layer, operands: str, of_input: Quantizer | None) -> Qu
             stored, dtype = quantizer, _kernel_type(quantizer, operands, of_input)
             branch.kernel = layers.Codes(branch.kernel[...].astype(dtype))
             continue
-        rounded = quantizers.rounded(quantizer, branch.kernel[...], arrays)
+        rounded = quantizers.rounded(quantizer, branch.dense(), arrays)
         if rounded.codes is None or quantizer.pauses:
             branch.kernel = nnx.Param(quantizers.value(rounded))
             continue
@@ -114,6 +114,7 @@ def _store(layer: layers.Layer, operands: str, of_input: Quantizer | None) -> Qu
         stored, arrays = quantizers.stored(quantizer, arrays, rounded)
         found.quantizer = stored
         found.set(arrays)
+    layer.spec = dataclasses.replace(layer.spec, kernel=factorization.DENSE)
     if stored is None:
         _drop_ranges(layer, [layer.kernel_range(name) for name in layer.spec.branches])
     return stored

@@ -60,7 +60,7 @@ def calibrate(model: nnx.Module, *inputs, how: str = "own") -> nnx.Module:
         for name, range_ in (layer.ranges or {}).items():
             fitted = found.get(path, {}).get(name)
             if fitted is None and name in layer.spec.branches:
-                kernel = getattr(layer, name).kernel[...]
+                kernel = getattr(layer, name).dense()
                 fitted = kernel, quantizers.calibrate(range_.quantizer, kernel, how)
             if fitted is not None:
                 values, arrays = fitted

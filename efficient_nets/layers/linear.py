@@ -9,13 +9,21 @@ from flax import nnx
 from jax import Array
 
 from efficient_nets.errors import UserError
+from efficient_nets.layers import kernel as kernels
 from efficient_nets.layers import neuron as neurons
 from efficient_nets.layers import norm as norms
 from efficient_nets.layers import precision as precisions
 from efficient_nets.layers.collect import add, wanted
 from efficient_nets.layers.geometry import Geometry, Initializer, padding_of, per_axis
 from efficient_nets.layers.spec import LayerSpec
-from efficient_nets.ops import branch_maps, linear_maps, quadratic, quantizers, winograd
+from efficient_nets.ops import (
+    branch_maps,
+    factorization,
+    linear_maps,
+    quadratic,
+    quantizers,
+    winograd,
+)
 from efficient_nets.ops.precision import Precision
 
 lecun_normal = nnx.initializers.lecun_normal()
@@ -44,8 +52,14 @@ class Layer(nnx.Module):
         self.transforms = nnx.data(None)
         self._make_branches(rngs)
 
-    def _make_branches(self, rngs: nnx.Rngs, linear: neurons.Branch | None = None) -> None:
-        made = neurons.make(self.geometry, self.spec, rngs, linear)
+    def _make_branches(
+        self, rngs: nnx.Rngs, before: Mapping[str, neurons.Branch] | None = None
+    ) -> None:
+        kept = {name: branch.dense() for name, branch in (before or {}).items()}
+        networks = kernels.networks(self.geometry, self.spec, kept)
+        if networks is None:
+            self.spec = dataclasses.replace(self.spec, kernel=factorization.DENSE)
+        made = neurons.make(self.geometry, self.spec, rngs, networks, before)
         for name, branch in made.branches.items():
             setattr(self, name, branch)
         self.bias = nnx.data(made.bias)  # or a None now could not become a parameter later
@@ -67,11 +81,11 @@ class Layer(nnx.Module):
         made = precisions.make(self.geometry, self.spec.precision, branches, rngs)
         if self.spec.precision.inner:
             x = precisions.typical_images(self.geometry, self.spec.precision.input)
-            kernels = {
-                name: precisions.typical_kernel(self.geometry, branch.kernel[...], rngs)
+            given = {
+                name: precisions.typical_kernel(self.geometry, branch.dense(), rngs)
                 for name, branch in branches.items()
             }
-            values = self.inner_values(x, self.spec.precision, kernels)
+            values = self.inner_values(x, self.spec.precision, given)
             made |= precisions.inner(values, self.spec.precision, rngs)
         self.ranges = nnx.data(nnx.Dict(made) if made else None)
 
@@ -94,14 +108,19 @@ class Layer(nnx.Module):
             if (spec.precision, spec.algorithm) != (before.precision, before.algorithm):
                 self._make_ranges(rngs)
             return
-        linear = None
-        if spec.start == "relinear":
-            if before.neuron != "linear":
-                raise UserError(f"start='relinear': the layer is {before.neuron!r}, not linear")
-            (linear,) = (getattr(self, name) for name in before.branches)
+        if spec.start == "relinear" and before.neuron != "linear":
+            raise UserError(f"start='relinear': the layer is {before.neuron!r}, not linear")
+        if spec.start == "kept" and (spec.neuron, spec.norm) != (before.neuron, before.norm):
+            raise UserError(
+                f"start='kept': the layer has neuron={before.neuron!r}, norm={before.norm!r}, not "
+                f"neuron={spec.neuron!r}, norm={spec.norm!r}"
+            )
+        bias, old = self.bias, {name: getattr(self, name) for name in before.branches}
         for name in before.branches:
             delattr(self, name)
-        self._make_branches(rngs, linear)
+        self._make_branches(rngs, old if spec.start in ("relinear", "kept") else None)
+        if spec.start == "kept":
+            self.bias = bias
 
     def remove(self, rngs: nnx.Rngs) -> None:
         """Makes this layer the least that its place allows.
@@ -141,13 +160,13 @@ class Layer(nnx.Module):
         return winograd.WinogradMap(direct, self.spec.algorithm)
 
     def inner_values(
-        self, x: Array, precision: Precision, kernels: Mapping[str, Array] | None = None
+        self, x: Array, precision: Precision, given: Mapping[str, Array] | None = None
     ) -> dict[tuple[str, str], Array]:
         """What comes to each site inside of the map's transforms, nothing being rounded.
 
         By the site and the name of what is there, see `ops.winograd.apply`; x as the layer reads
-        it. The precision says which sites are asked for. Kernels are by branch, the layer's own if
-        none are given.
+        it. The precision says which sites are asked for. Given kernels are by branch; else they are
+        the layer's own.
 
         Raises:
           UserError: if it asks for what is between the steps of transforms that have one each.
@@ -160,7 +179,7 @@ class Layer(nnx.Module):
         ranges = self.learned_transforms()
         for kind, positions in self.spec.parts.kinds.items():
             branches = tuple(self.spec.branches[i] for i in positions)
-            own = [(kernels or {}).get(name, getattr(self, name).kernel[...]) for name in branches]
+            own = [given[name] if given else getattr(self, name).dense() for name in branches]
             branch_maps.transformed_map(
                 self.linear_map, precision, (kind, branches), x, own, ranges, visit
             )
@@ -208,7 +227,7 @@ class Layer(nnx.Module):
 
     def rounded_kernel(self, branch: str) -> Array:
         """The kernel of a branch as it is computed with."""
-        kernel, quantizer = getattr(self, branch).kernel[...], self.spec.precision.kernel
+        kernel, quantizer = getattr(self, branch).dense(), self.spec.precision.kernel
         if quantizer is None:
             return kernel
         found = quantizers.rounded(quantizer, kernel, self.ranges[branch].arrays())
@@ -236,7 +255,7 @@ class Layer(nnx.Module):
             branch_norms = tuple(branch.norm.arrays() for branch in branches)
             static = dataclasses.replace(static, branch_epsilon=branches[0].norm.epsilon)
         return static, dict(
-            kernels=tuple(branch.kernel[...] for branch in branches),
+            kernels=tuple(branch.value() for branch in branches),
             biases=biases,
             branch_norms=branch_norms,
             ranges=precisions.arrays(self.ranges, self.spec.branches) | self.learned_transforms(),

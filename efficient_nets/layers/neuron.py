@@ -2,15 +2,19 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from efficient_nets.errors import UserError
+from efficient_nets.layers import kernel as kernels
 from efficient_nets.layers.geometry import Geometry
 from efficient_nets.layers.norm import BatchNorm
 from efficient_nets.layers.spec import LayerSpec
-from efficient_nets.ops import forms
+from efficient_nets.ops import factorization, forms
+from efficient_nets.ops.factorization import Factored, Network
 
 # What the coefficients of one layer's quadratic forms may take, and the kernels of forms of low
 # rank: the former grow with the square of the inputs. 3x3 kernels on 64 channels, 64 features, take
@@ -25,15 +29,54 @@ MOMENT = {"variance": 1.0, "variance:relu": 2.0}
 
 
 class Branch(nnx.Module):
-    """Parameters of one linear map: `kernel`, perhaps `bias` `(C,)`, perhaps a branch norm."""
+    """Parameters of one linear map: `kernel`, perhaps `bias` `(C,)`, perhaps a branch norm.
 
-    def __init__(self, shape, *, use_bias, norm, kernel_init, bias_init, param_dtype, rngs):
+    The kernel is an array, or a `Kernel` with the cores of a factorized one.
+    """
+
+    def __init__(
+        self,
+        shape,
+        *,
+        network=None,
+        run="",
+        use_bias,
+        norm,
+        kernel_init,
+        bias_init,
+        param_dtype,
+        rngs,
+    ):
         features = shape[-1]
-        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
+        if network is None:
+            self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
+        else:
+            cores = kernels.fresh(network, kernel_init, param_dtype, rngs)
+            self.kernel = kernels.Kernel(network, run, cores)
         self.bias = (
             nnx.Param(bias_init(rngs.params(), (features,), param_dtype)) if use_bias else None
         )
         self.norm = BatchNorm(features, rngs=rngs) if norm else None
+
+    @property
+    def factored(self) -> bool:
+        return isinstance(self.kernel, kernels.Kernel)
+
+    def value(self) -> Array | Factored:
+        """The kernel as `ops` take it."""
+        return self.kernel.value() if self.factored else self.kernel[...]
+
+    def dense(self) -> Array:
+        """The kernel as an array."""
+        return factorization.dense(self.value())
+
+    def set_dense(self, kernel: Array, form: str) -> None:
+        """Takes the values of a kernel, a factorized one those of its decomposition."""
+        if self.factored:
+            found = factorization.decompose(form, self.kernel.network, kernel)
+            self.kernel = kernels.Kernel(self.kernel.network, self.kernel.run, found)
+        else:
+            self.kernel[...] = kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +95,19 @@ def kernel_shape(geometry: Geometry, reads: str) -> tuple[int, ...]:
 
 
 def make(
-    geometry: Geometry, spec: LayerSpec, rngs: nnx.Rngs, linear: Branch | None = None
+    geometry: Geometry,
+    spec: LayerSpec,
+    rngs: nnx.Rngs,
+    networks: Mapping[str, Network] | None = None,
+    before: Mapping[str, Branch] | None = None,
 ) -> Neuron:
-    """Fresh branches by `spec.start`; `linear` is the branch that a 'relinear' start carries on.
+    """Fresh branches by `spec.start`; from those that there were `before` if it says so.
+
+    Args:
+      geometry, spec: Of the layer.
+      rngs: Of fresh values.
+      networks: Those of factorized kernels, a branch each.
+      before: The branches whose values a 'relinear' start, a single one, or 'kept' carries on.
 
     Raises:
       UserError: if a form is too large or has a rank above its size, or the start does not fit.
@@ -67,6 +120,8 @@ def make(
         reads = parts.read_by(name)
         made[name] = Branch(
             kernel_shape(geometry, reads),
+            network=None if networks is None else networks[name],
+            run="" if networks is None else spec.kernel.run,
             use_bias=use_bias and parts.bias == "branch",
             norm=spec.norm == "branch",
             kernel_init=_kernel_init(geometry, spec, index, reads),
@@ -80,7 +135,9 @@ def make(
         bias = nnx.Param(initial)
     neuron = Neuron(made, bias)
     if spec.start == "relinear":
-        _start_linear(neuron, spec, linear)
+        _start_linear(neuron, spec, next(iter((before or {}).values()), None))
+    elif spec.start == "kept":
+        _keep(neuron, spec, before)
     return neuron
 
 
@@ -152,17 +209,36 @@ def _start_linear(neuron: Neuron, spec: LayerSpec, linear: Branch | None) -> Non
     for name, role in zip(spec.parts.branches, spec.parts.relinear, strict=True):
         branch = neuron.branches[name]
         if role == "carry":
-            _carry(neuron, branch, linear)
+            _carry(neuron, spec, branch, linear)
         elif role in ("zero", "one"):
             _make_constant(name, branch, spec, float(role == "one"))
 
 
-def _carry(neuron: Neuron, branch: Branch, linear: Branch | None) -> None:
+def _keep(neuron: Neuron, spec: LayerSpec, before: Mapping[str, Branch] | None) -> None:
+    """The kernels, biases and norms that there were; a layer that is new has none to keep."""
+    for name, old in (before or {}).items():
+        branch = neuron.branches[name]
+        _set_kernel(branch, old, spec)
+        if old.bias is not None and branch.bias is not None:
+            branch.bias[...] = old.bias[...]
+        if old.norm is not None and branch.norm is not None:
+            branch.norm = old.norm
+
+
+def _set_kernel(branch: Branch, old: Branch, spec: LayerSpec) -> None:
+    if branch.factored and old.factored and branch.kernel.network == old.kernel.network:
+        branch.kernel = kernels.Kernel(old.kernel.network, spec.kernel.run, old.value().cores)
+    else:
+        form = spec.kernel.form if branch.factored else ""
+        branch.set_dense(old.dense(), form)
+
+
+def _carry(neuron: Neuron, spec: LayerSpec, branch: Branch, linear: Branch | None) -> None:
     if branch.norm is not None:
         branch.norm.var[...] = jnp.full_like(branch.norm.var[...], 1 - branch.norm.epsilon)
     if linear is None:
         return
-    branch.kernel[...] = linear.kernel[...]
+    _set_kernel(branch, linear, spec)
     if linear.norm is not None:
         if branch.norm is None:
             raise UserError("start='relinear' carries a branch norm on only with norm='branch'")
@@ -185,6 +261,8 @@ def _make_constant(name: str, branch: Branch, spec: LayerSpec, value: float) -> 
     weight, bias = branch.kernel, branch.bias
     if branch.norm is not None:
         weight, bias = branch.norm.scale, branch.norm.bias
+    elif branch.factored:  # one core of zeros makes a kernel of zeros, which has a gradient
+        weight = getattr(branch.kernel, branch.kernel.network.cores[-1][0])
     if bias is None and value:
         raise UserError(
             f"start='relinear': branch {name!r} of neuron={spec.neuron!r} starts at 1, which takes "

@@ -77,7 +77,7 @@ def make(
             made[site] = Range(quantizer, _typical(quantizer, channels), rngs)
             continue
         for name, branch in branches.items():
-            like = typical_kernel(geometry, branch.kernel[...], rngs)
+            like = typical_kernel(geometry, branch.dense(), rngs)
             made[name] = Range(quantizer, like, rngs)
     return made
 
@@ -152,6 +152,6 @@ def losses(ranges: nnx.Dict | None, x: Array, branches: dict[str, Branch]) -> li
     found = []
     for name, range_ in (ranges or {}).items():
         if range_.quantizer.loss:
-            value = branches[name].kernel[...] if name in branches else x
+            value = branches[name].dense() if name in branches else x
             found.append(quantizers.loss(range_.quantizer, value, range_.arrays()))
     return found

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 
 from efficient_nets import names
 from efficient_nets.errors import UserError
-from efficient_nets.ops import neurons, precision, winograd
+from efficient_nets.ops import factorization, neurons, precision, winograd
+from efficient_nets.ops.factorization import Factorization
 from efficient_nets.ops.precision import Precision
 from efficient_nets.ops.winograd import Winograd
 
@@ -27,13 +28,12 @@ STARTS = {
     "variance:relu": "the same through a layer followed by ReLU",
     "relinear": "as the linear layer it is converted from, or as one with fresh weights: the other "
     "terms are exactly 0 (ReLinear)",
+    "kept": "with the kernels that the layer has: decomposed where the new ones are factorized, "
+    "reconstructed where they are not",
 }
-KERNELS = {"dense": "one array a branch"}
-
 AXES = {
     "norm": NORMS,
     "backward": BACKWARDS,
-    "kernel": KERNELS,
     "start": STARTS,
 }
 
@@ -48,7 +48,8 @@ class LayerSpec:
       norm: 'branch' puts a batch norm on every branch of the neuron, 'none' does not.
       backward: 'hybrid' or 'autodiff'. A linear neuron without branch norm has nothing to save, so
         it is differentiated by JAX under either name.
-      kernel: How weights are stored.
+      kernel: How weights are stored: 'dense', a short form such as 'tt:8', or a mapping with the
+        fields of `ops.factorization.Factorization`, which both become.
       algorithm: How the linear map is computed: 'direct', a short form such as 'winograd:4,flex',
         or a mapping with the fields of `ops.winograd.Winograd`, which both become.
       precision: What is rounded, and where: a short form such as 'lsq:w4a4', a mapping of sites, or
@@ -64,7 +65,7 @@ class LayerSpec:
     neuron: str = "linear"
     norm: str = "none"
     backward: str = "hybrid"
-    kernel: str = "dense"
+    kernel: Factorization | str | Mapping = factorization.DENSE
     algorithm: Winograd | str | Mapping = winograd.DIRECT
     precision: Precision | str | Mapping = precision.FLOAT
     start: str = "own"
@@ -74,7 +75,9 @@ class LayerSpec:
             names.pick(axis, getattr(self, axis), table)
         object.__setattr__(self, "precision", precision.parse(self.precision))
         object.__setattr__(self, "algorithm", winograd.parse(self.algorithm))
+        object.__setattr__(self, "kernel", factorization.parse(self.kernel))
         self._check_algorithm()
+        self._check_kernel()
         parts = self.parts
         if self.start == "relinear" and not parts.relinear:
             able = [name for name, other in neurons.NEURONS.items() if other.relinear]
@@ -103,12 +106,38 @@ class LayerSpec:
                 "of a window, not linear maps; give a rank, as in 't1:4', or algorithm='direct'"
             )
 
+    def _check_kernel(self) -> None:
+        if self.kernel == factorization.DENSE:
+            return
+        if "form" in self.parts.reads:
+            raise UserError(
+                f"kernel='{self.kernel}' with neuron={self.neuron!r}: its branches are forms of a "
+                "window, not linear maps; give a rank, as in 't1:4', or kernel='dense'"
+            )
+        if self.kernel.of_kernel and self.start not in ("kept", "relinear"):
+            raise UserError(
+                f"kernel='{self.kernel}' takes its rank from the kernel that it decomposes: give "
+                "start='kept', or a rank"
+            )
+        if self.kernel.run == "factorized":
+            for site in ("kernel", *self.precision.inner):
+                if site in self.precision.quantizers:
+                    raise UserError(
+                        f"kernel='{self.kernel}' with precision.{site}: what is rounded there is "
+                        "the whole kernel; leave out run=factorized"
+                    )
+            if self.algorithm != winograd.DIRECT:
+                raise UserError(
+                    f"kernel='{self.kernel}' with algorithm='{self.algorithm}': that transforms "
+                    "the whole kernel; leave out run=factorized"
+                )
+
     @property
     def parts(self) -> neurons.Neuron:
         return neurons.neuron(self.neuron)
 
     @property
-    def storage(self) -> tuple[str, ...]:
+    def storage(self) -> tuple:
         """The axes that decide which parameters the branches have; the others read the same."""
         return self.neuron, self.norm, self.kernel
 

@@ -6,7 +6,7 @@ from flax import nnx
 
 from efficient_nets.layers import linear, rules
 from efficient_nets.layers import precision as precisions
-from efficient_nets.ops import branch_maps, linear_maps, quantizers, winograd
+from efficient_nets.ops import branch_maps, factorization, linear_maps, quantizers, winograd
 
 
 def transform_kernels(model: nnx.Module) -> nnx.Module:
@@ -63,6 +63,7 @@ def transform_layer(layer: linear.Layer) -> None:
         getattr(layer, name).kernel = nnx.Param(made)
     layer.spec = dataclasses.replace(
         layer.spec,
+        kernel=factorization.DENSE,
         algorithm=dataclasses.replace(layer.spec.algorithm, transformed=True),
         precision=dataclasses.replace(sites, kernel=None),
     )

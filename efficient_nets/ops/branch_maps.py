@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from efficient_nets.errors import UserError
-from efficient_nets.ops import forms, linear_maps, quantizers
+from efficient_nets.ops import factorization, forms, linear_maps, quantizers
+from efficient_nets.ops.factorization import Factored
 from efficient_nets.ops.packing import narrowest
 from efficient_nets.ops.precision import Precision
 from efficient_nets.ops.quantizers import Arrays, Quantizer
@@ -35,12 +36,18 @@ LEARNED = "learned_transforms"
 
 # What a branch may read, `(map, x, kernels) -> (..., B*C)`.
 READS = {
-    "x": lambda linear_map, x, kernels: linear_map(x, kernels),
-    "square": lambda linear_map, x, kernels: linear_map(x * x, kernels),
+    "x": lambda linear_map, x, kernels: _mapped(linear_map, x, kernels),
+    "square": lambda linear_map, x, kernels: _mapped(linear_map, x * x, kernels),
     "form": lambda linear_map, x, kernels: linear_maps.fuse(
         [_form(linear_map, x, kernel) for kernel in kernels], linear_map.groups
     ),
 }
+
+
+def _mapped(linear_map, x: Array, kernels: Sequence[Array | Factored]) -> Array:
+    if isinstance(kernels[0], Factored):  # all of a layer are, or none
+        return factorization.factorized_map(linear_map, x, kernels)
+    return linear_map(x, kernels)
 
 
 @functools.partial(jax.checkpoint, static_argnums=0)
@@ -57,7 +64,7 @@ def observe(precision: Precision, x: Array, kernels: Sequence[Array], ranges: Ra
     if precision.gradient is not None:
         moved["gradient"] = quantizers.observe(precision.gradient, x, ranges["gradient"])
     if precision.kernel is not None:
-        pairs = zip(kernels, ranges["kernel"], strict=True)
+        pairs = zip(map(factorization.dense, kernels), ranges["kernel"], strict=True)
         moved["kernel"] = tuple(quantizers.observe(precision.kernel, *pair) for pair in pairs)
     return moved
 
@@ -104,12 +111,14 @@ def branch_maps(
       precision: What is rounded; the site 'output' is not looked at.
       linear_map: The map.
       kinds: From a key of `READS` to the positions of the branches that read so.
-      x, kernels: As `linear_map` takes them.
+      x, kernels: As `linear_map` takes them; kernels may be `Factored`.
       ranges: Of the quantizers that precision has.
       branches: Their names, which a map with transforms asks for.
       observes: Whether it is one of training.
     """
     given, ranges = ranges, dict(ranges)
+    if precision.kernel is not None or isinstance(linear_map, WinogradMap):
+        kernels = [factorization.dense(kernel) for kernel in kernels]
     x_rounded, padless = _rounded_input(precision.input, linear_map, x, ranges.get("input"))
     of_kernels = ranges.get("kernel", (None,) * len(kernels))
     rounded = [_rounded(precision.kernel, *pair) for pair in zip(kernels, of_kernels, strict=True)]

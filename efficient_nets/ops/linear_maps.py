@@ -116,6 +116,11 @@ class ConvMap:
         ones = jnp.full((*self.kernel_size, 1, 1), 1 / math.prod(self.kernel_size), x.dtype)
         return dataclasses.replace(self, groups=1)(x, [ones])
 
+    def output_size(self, x: Array) -> tuple[int, ...]:
+        """`spatial'` for this x."""
+        sizes = zip(x.shape[1:-1], self.pads(x), self._extents, self.strides, strict=True)
+        return tuple(max((n + sum(pads) - e) // s + 1, 0) for n, pads, e, s in sizes)
+
     def windows(self, x: Array) -> Array:
         """The inputs of each output value: `(N, *spatial, in)` to `(N, *spatial', groups, n)`.
 

@@ -11,6 +11,7 @@ drops are noise, so that is the floor: such layers rank by their cost alone, abo
 the same cost.
 """
 
+import re
 import sys
 import zlib
 from collections.abc import Sequence
@@ -98,6 +99,8 @@ def score(
 def masked(weights: Any, layer: str, fraction: float, seed: tuple[int, ...]) -> Any:
     """A copy of the weights in which a random share of the kernels of one layer is zero.
 
+    Of a factorized kernel a share of each core.
+
     Drawn on the host, where it takes no compiling; every process draws the same.
 
     Args:
@@ -108,7 +111,7 @@ def masked(weights: Any, layer: str, fraction: float, seed: tuple[int, ...]) -> 
     """
 
     def mask(leaf: str, x: jax.Array) -> jax.Array:
-        if not (leaf.startswith(f"{layer}/") and leaf.endswith("/kernel")):
+        if not re.match(rf"{re.escape(layer)}/.*/?kernel(/|$)", leaf):
             return x
         rng = np.random.default_rng([*seed, zlib.crc32(leaf.encode())])
         kernel = np.where(rng.random(x.shape) < fraction, 0, sharding.fetch(x)).astype(x.dtype)

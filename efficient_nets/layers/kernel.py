@@ -1,0 +1,100 @@
+"""The kernels of a layer's branches: arrays, or the cores of factorized ones."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from efficient_nets.errors import UserError
+from efficient_nets.layers.geometry import Geometry, Initializer
+from efficient_nets.layers.spec import LayerSpec
+from efficient_nets.ops import factorization
+from efficient_nets.ops.factorization import Factored, Network
+
+
+class Kernel(nnx.Module):
+    """Parameters of a factorized kernel: an array a core, under its name.
+
+    Attributes:
+      network: Static: how they contract.
+      run: Static: a key of `factorization.RUNS`.
+    """
+
+    def __init__(self, network: Network, run: str, cores: factorization.Cores):
+        self.network, self.run = network, run
+        for name, core in cores.items():
+            setattr(self, name, nnx.Param(core))
+
+    def value(self) -> Factored:
+        cores = {name: getattr(self, name)[...] for name, _ in self.network.cores}
+        return Factored(self.network, self.run, cores)
+
+
+def networks(
+    geometry: Geometry, spec: LayerSpec, kept: dict[str, Array]
+) -> dict[str, Network] | None:
+    """The network of each branch's kernel; None where they are to be dense.
+
+    That is so if the spec says so, or the cores would have as many parameters as the kernels.
+
+    Args:
+      kept: The kernels that are decomposed, for ranks that depend on them.
+
+    Raises:
+      UserError: if such a rank is asked for where kernels have no numbers.
+    """
+    if spec.kernel == factorization.DENSE:
+        return None
+    found = dict.fromkeys(spec.branches, spec.kernel.network(geometry.kernel_shape))
+    if spec.kernel.of_kernel:
+        for name, network in found.items():
+            if name not in kept or isinstance(kept[name], jax.core.Tracer):
+                raise UserError(
+                    f"kernel='{spec.kernel}': its rank depends on the numbers of a kernel, which "
+                    "a config has not; `--mode=decompose` finds ranks and writes a config with them"
+                )
+            rank = (spec.kernel.rank, spec.kernel.energy)
+            found[name] = factorization.of_kernel(network, kept[name], *rank)
+    if not spec.kernel.always and _gains_nothing(found.values()):
+        return None
+    return found
+
+
+def _gains_nothing(found) -> bool:
+    return sum(n.params for n in found) >= sum(n.dense_params for n in found)
+
+
+def fresh(
+    network: Network, kernel_init: Initializer, dtype: jnp.dtype, rngs: nnx.Rngs
+) -> dict[str, Array]:
+    """Independent normal cores whose kernel has the mean square of a dense one's.
+
+    They start with the deviation that gives it in the mean (`factorization.core_scale`), and are
+    all multiplied by what makes it exact. Where dense kernels start at 0, the last core does.
+    """
+    dense = kernel_init(rngs.params(), network.kernel_shape, dtype)
+    target = jnp.mean(jnp.square(dense))
+    starts = target > 0
+    target = jnp.where(starts, target, 1 / np.prod(network.kernel_shape[:-1]))
+    scale = factorization.core_scale(network, target)
+    cores = {
+        name: scale * jax.random.normal(rngs.params(), shape, dtype)
+        for name, shape in network.shapes.items()
+    }
+    made = jnp.mean(jnp.square(factorization.reconstruct(network, cores)))
+    factor = (target / made) ** (1 / (2 * len(cores)))
+    cores = {name: core * factor for name, core in cores.items()}
+    last = network.cores[-1][0]
+    return cores | {last: jnp.where(starts, cores[last], 0)}
+
+
+def decomposed(spec: LayerSpec, network: Network, kernel: Array) -> dict[str, Array]:
+    """The cores of a kernel that is there."""
+    return factorization.decompose(spec.kernel.form, network, kernel)
+
+
+def dense_spec(spec: LayerSpec) -> LayerSpec:
+    return dataclasses.replace(spec, kernel=factorization.DENSE)

@@ -1,0 +1,31 @@
+"""Factorized kernels: CP, Tucker, TT, TR, HT and block terms, of dense and convolution kernels.
+
+form = factorization.parse("tt:8")
+network = form.network((3, 3, 64, 128))
+cores = factorization.decompose(form.form, network, kernel)
+kernel = factorization.reconstruct(network, cores)
+"""
+
+from efficient_nets.ops.factorization.decomposition import decompose, relative_error
+from efficient_nets.ops.factorization.execution import factorized_map, plan
+from efficient_nets.ops.factorization.factored import Factored, dense
+from efficient_nets.ops.factorization.network import Cores, Network, core_scale, reconstruct
+from efficient_nets.ops.factorization.selection import of_kernel
+from efficient_nets.ops.factorization.spec import DENSE, Factorization, parse
+
+__all__ = [
+    "DENSE",
+    "Cores",
+    "Factored",
+    "Factorization",
+    "Network",
+    "core_scale",
+    "decompose",
+    "dense",
+    "factorized_map",
+    "of_kernel",
+    "parse",
+    "plan",
+    "reconstruct",
+    "relative_error",
+]

@@ -1,0 +1,321 @@
+"""How a factorized map runs: core after core, or as a dense one with the kernel that they make.
+
+Core after core, a convolution has three parts. Cores in front contract with the input position by
+position; the window's cores, and others joined with them, are a small convolution between bonds;
+cores behind contract with its output. A bond that is needed in all three is a group of the
+convolution, one that only passes by is a part of its batch. So CP is Lebedev's 1x1, depthwise, 1x1,
+and Tucker-2 is Kim's 1x1, kxk, 1x1. Which cores go where, and in which order they contract, is
+chosen once, by counting operations and bytes.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+import opt_einsum
+from jax import Array
+
+from efficient_nets.ops import linear_maps
+from efficient_nets.ops.factorization.factored import Factored, dense
+from efficient_nets.ops.factorization.network import Cores, Network, contract, reconstruct
+
+# Operations that a machine makes while it moves a byte. XLA:CPU on two cores makes some 20, an H100
+# 300 in bfloat16; the choice is the same on all machines, so that a run is.
+INTENSITY = 40
+ITEM = 4  # bytes of a number
+MOST_PLACINGS = 2000  # of cores, beyond which those of the window stay alone
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of one forward pass: multiply-accumulates, numbers read and written, and kept in between."""
+
+    macs: int = 0
+    moved: int = 0
+    kept: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.macs + other.macs, self.moved + other.moved, self.kept + other.kept)
+
+    @property
+    def time(self) -> float:
+        """In multiply-accumulates; moving takes its time beside computing."""
+        return self.macs + self.moved * ITEM * INTENSITY / 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Names of the cores in front, of the window, and behind, and what the pass costs.
+
+    A plan without any is for the reconstructed kernel.
+    """
+
+    front: tuple[str, ...] = ()
+    window: tuple[str, ...] = ()
+    behind: tuple[str, ...] = ()
+    cost: Cost = Cost()
+
+    @property
+    def reconstructs(self) -> bool:
+        return not (self.front or self.window or self.behind)
+
+
+def plan(network: Network, run: str, positions: tuple[int, int], *, grouped: bool = False) -> Plan:
+    """How a map of these numbers of positions, of its input and its output, is computed.
+
+    Args:
+      network: The kernel's.
+      run: 'auto', 'factorized' or 'reconstructed'.
+      positions: Of the whole batch.
+      grouped: A convolution with groups reads its kernel as a whole: it is reconstructed.
+    """
+    if grouped or run == "reconstructed":
+        return Plan(cost=reconstructed_cost(network, positions))
+    best = factorized_plan(network, positions)
+    if run == "auto":
+        whole = reconstructed_cost(network, positions)
+        if whole.time < best.cost.time:
+            return Plan(cost=whole)
+    return best
+
+
+def reconstructed_cost(network: Network, positions: tuple[int, int]) -> Cost:
+    """Of making the kernel, and of the dense map."""
+    size = network.dense_params
+    inputs, features = network.kernel_shape[-2:]
+    made = _contraction(network, [of for _, of in network.cores], network.modes, {})
+    moved = positions[0] * inputs + positions[1] * features + size
+    return made + Cost(positions[1] * size, moved, 0)
+
+
+@functools.lru_cache(maxsize=4096)
+def factorized_plan(network: Network, positions: tuple[int, int]) -> Plan:
+    """The cheapest placing of the cores."""
+    best = min(
+        (_placed(network, placing, positions) for placing in _placings(network)),
+        key=lambda found: found.cost.time,
+    )
+    return best
+
+
+def _placings(network: Network) -> Iterable[tuple[tuple[str, ...], ...]]:
+    every = network.indices
+    if not network.spatial:
+        return [(tuple(every), (), ())]
+    fixed = [name for name, of in every.items() if set(of) & set(network.spatial)]
+    free = [name for name in every if name not in fixed]
+    able = []
+    for name in free:
+        reads, writes = (
+            bool(set(every[name]) & set(modes)) for modes in (network.inputs, network.outputs)
+        )
+        places = "fwb" if reads == writes else "fw" if reads else "wb"
+        able.append(places)
+    if math.prod(map(len, able)) > MOST_PLACINGS:
+        able = [places.replace("w", "") for places in able]
+    placings = [
+        tuple(
+            (*(n for n, p in zip(free, placing, strict=True) if p == part),)
+            + (tuple(fixed) if part == "w" else ())
+            for part in "fwb"
+        )
+        for placing in itertools.product(*able)
+    ]
+    # With all cores in the window the kernel would be made as a whole.
+    return [placing for placing in placings if len(placing[1]) < len(every)] or placings
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flow:
+    """Indices that the window meets: of what comes, of its own, and of what goes on.
+
+    contracted are summed in it, made by it; grouped are in all three, passing not in it.
+    """
+
+    came: tuple[str, ...]
+    passing: tuple[str, ...]
+    grouped: tuple[str, ...]
+    contracted: tuple[str, ...]
+    made: tuple[str, ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def _flow(network: Network, front, window, behind) -> _Flow:
+    of = network.indices
+
+    def have(names: Sequence[str]) -> dict[str, None]:
+        return dict.fromkeys(index for name in names for index in of[name])
+
+    later = have(behind) | dict.fromkeys(network.outputs)
+    own = [index for index in have(window) if index not in network.spatial]
+    reached = dict.fromkeys(network.inputs) | have(front)
+    came = tuple(i for i in reached if i in own or i in later)
+    return _Flow(
+        came,
+        tuple(i for i in came if i not in own),
+        tuple(i for i in came if i in own and i in later),
+        tuple(i for i in came if i in own and i not in later),
+        tuple(i for i in own if i not in came and i in later),
+    )
+
+
+def _contraction(network: Network, operands, out, more: dict[str, int], whole: int = 1) -> Cost:
+    """Of a contraction of these indices, the first operand's being of a batch of `whole`."""
+    if not operands:
+        return Cost()
+    path, _ = _path(network, tuple(map(tuple, operands)), tuple(out), tuple(more.items()))
+    left = [tuple(indices) for indices in operands]
+    cost = Cost()
+    sizes = dict(network.sizes) | more
+    for step in path:
+        taken = [left.pop(index) for index in sorted(step, reverse=True)]
+        rest = {index for indices in left for index in indices} | set(out)
+        joint = dict.fromkeys(index for indices in taken for index in indices)
+        made = tuple(index for index in joint if index in rest)
+        macs = math.prod(sizes[index] for index in joint) if len(taken) > 1 else 0
+        numbers = [math.prod(sizes[index] for index in indices) for indices in (*taken, made)]
+        cost += Cost(macs, sum(numbers), numbers[-1] if left else 0)
+        left.append(made)
+    return cost
+
+
+@functools.lru_cache(maxsize=65536)
+def _path(network: Network, operands, out, more):
+    """The order in which operands contract, in pairs, and the sizes that it was found for."""
+    if len(operands) == 1:
+        return [(0,)], None
+    sizes = dict(network.sizes) | dict(more)
+    letters = {index: opt_einsum.get_symbol(i) for i, index in enumerate(sizes)}
+    inputs = ["".join(letters[index] for index in indices) for indices in operands]
+    shapes = [tuple(sizes[index] for index in indices) for indices in operands]
+    equation = f"{','.join(inputs)}->{''.join(letters[index] for index in out)}"
+    how = "optimal" if len(operands) <= 5 else "greedy"
+    return opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=how)
+
+
+BATCH = "positions"
+
+
+def _placed(network: Network, placing, positions: tuple[int, int]) -> Plan:
+    front, window, behind = placing
+    before, after = positions
+    of, flow = network.indices, _flow(network, front, window, behind)
+    outputs = network.outputs
+    if not network.spatial:
+        operands = [(BATCH, *network.inputs), *(of[name] for name in front)]
+        cost = _contraction(network, operands, (BATCH, *outputs), {BATCH: before})
+        return Plan(front, window, behind, cost)
+    operands = [(BATCH, *network.inputs), *(of[name] for name in front)]
+    cost = Cost()
+    if front:
+        cost += _contraction(network, operands, (BATCH, *flow.came), {BATCH: before})
+        cost += Cost(kept=before * network.size(*flow.came))
+    kernel = (*network.spatial, *flow.grouped, *flow.contracted, *flow.made)
+    cost += _contraction(network, [of[name] for name in window], kernel, {})
+    size = network.size(*flow.passing)
+    made = (BATCH, *flow.passing, *flow.grouped, *flow.made)
+    cost += Cost(
+        after * size * network.size(*kernel),
+        before * network.size(*flow.came) + after * network.size(*made[1:]),
+    )
+    if behind:
+        cost += Cost(kept=after * network.size(*made[1:]))
+        operands = [made, *(of[name] for name in behind)]
+        cost += _contraction(network, operands, (BATCH, *outputs), {BATCH: after})
+    return Plan(front, window, behind, cost)
+
+
+def run(network: Network, found: Plan, linear_map, x: Array, cores: Cores) -> Array:
+    """`linear_map(x, [kernel])` core after core: `(N, *spatial', features)`, in x's type.
+
+    Args:
+      network: The kernel's.
+      found: Of `plan`; one that reconstructs makes the kernel.
+      linear_map: A `DenseMap`, or a `ConvMap` without groups.
+      x: `(N, *spatial, in)`.
+      cores: By name, cast to x's type.
+    """
+    if found.reconstructs:
+        return linear_map(x, [reconstruct(network, cores)])
+    cores = {name: core.astype(x.dtype) for name, core in cores.items()}
+    inputs, features = network.kernel_shape[-2:]
+    if missing := network.size(*network.inputs) - inputs:
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
+    lead = tuple(f"axis{i}" for i in range(x.ndim - 1))
+    y = x.reshape(*x.shape[:-1], *map(network.size, network.inputs))
+    have = (*lead, *network.inputs)
+    front, window, behind = found.front, found.window, found.behind
+    flow = _flow(network, front, window, behind)
+    if front:
+        out = flow.came if window else network.outputs
+        y, have = _contract(network, y, have, lead, front, cores, out)
+    if window:
+        y, have = _convolve(network, flow, window, linear_map, y, have, lead, cores)
+    if behind:
+        y, have = _contract(network, y, have, lead, behind, cores, network.outputs)
+    if have != (out := (*lead, *network.outputs)):
+        y = contract([(y, have)], out)
+    return y.reshape(*y.shape[: len(lead)], -1)[..., :features]
+
+
+def _contract(network: Network, y: Array, have, lead, names, cores: Cores, out):
+    """With these cores, in the order that the plan counted with: y, and the indices it has."""
+    own = (BATCH, *have[len(lead) :])
+    operands = (own, *(network.indices[name] for name in names))
+    positions = y.shape[: len(lead)]
+    batch = math.prod(positions)
+    path, _ = _path(network, operands, (BATCH, *out), ((BATCH, batch),))
+    arrays = [y.reshape(batch, *y.shape[len(lead) :]), *(cores[name] for name in names)]
+    made = contract(list(zip(arrays, operands, strict=True)), (BATCH, *out), optimize=path)
+    return made.reshape(*positions, *made.shape[1:]), (*lead, *out)
+
+
+def _convolve(network: Network, flow: _Flow, window, linear_map, y, have, lead, cores):
+    """The small convolution, and the indices that its output has."""
+    kernel_size = linear_map.kernel_size
+    order = (lead[0], *flow.passing, *lead[1:], *flow.grouped, *flow.contracted)
+    y = contract([(y, have)], order) if order != have else y
+    batch = y.shape[: 1 + len(flow.passing)]
+    spatial = y.shape[len(batch) : len(batch) + len(kernel_size)]
+    y = y.reshape(math.prod(batch), *spatial, -1)
+    made = (*network.spatial, *flow.contracted, *flow.grouped, *flow.made)
+    operands = [(cores[name], network.indices[name]) for name in window]
+    kernel = contract(operands, made)
+    groups = network.size(*flow.grouped)
+    kernel = kernel.reshape(
+        *kernel_size, network.size(*flow.contracted), groups * network.size(*flow.made)
+    )
+    y = dataclasses.replace(linear_map, groups=groups)(y, [kernel])
+    have = (lead[0], *flow.passing, *lead[1:], *flow.grouped, *flow.made)
+    y = y.reshape(*batch, *y.shape[1:-1], *map(network.size, (*flow.grouped, *flow.made)))
+    out = (*lead, *flow.passing, *flow.grouped, *flow.made)
+    return (contract([(y, have)], out) if out != have else y), out
+
+
+def factorized_map(linear_map, x: Array, kernels: Sequence[Factored]) -> Array:
+    """`linear_map(x, kernels)`, computed as they say: `(N, *spatial', B * features)`.
+
+    What a pass keeps for the backward pass it computes again there where that is more than the
+    dense kernel and its gradient, which such a layer has not.
+    """
+    before = math.prod(x.shape[:-1])
+    after = before
+    if isinstance(linear_map, linear_maps.ConvMap):
+        after = x.shape[0] * math.prod(linear_map.output_size(x))
+    plans = [
+        plan(kernel.network, kernel.run, (before, after), grouped=linear_map.groups > 1)
+        for kernel in kernels
+    ]
+    if all(found.reconstructs for found in plans):
+        return linear_map(x, [dense(kernel) for kernel in kernels])
+    parts = []
+    for kernel, found in zip(kernels, plans, strict=True):
+        part = functools.partial(run, kernel.network, found, linear_map)
+        if found.cost.kept > 2 * kernel.network.dense_params:
+            part = jax.checkpoint(part)
+        parts.append(part(x, kernel.cores))
+    return linear_maps.fuse(parts, linear_map.groups)
