@@ -29,7 +29,8 @@ class LayerCost:
       name: Path in the net, such as `stage1/0/conv2`.
       kind: 'Conv', 'Dense' or 'TDense'.
       kernels: Shapes of the branches' kernels.
-      input_shape: `(*spatial, C)` of its first call, without the batch axis; `(tubes, C)` of TDense.
+      input_shape: `(*spatial, C)` of its first call, without the batch axis; of a TDense with its
+        tubes in front.
       output_shape: The same of its output.
       neuron, norm, kernel, algorithm, precision: Members of the axes, see `layers.LayerSpec`; of a
         TDense, which has no axes, kernel is 't-product' and algorithm the transform.

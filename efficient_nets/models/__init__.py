@@ -24,7 +24,7 @@ from efficient_nets.models.quadranet import QuadraNet
 from efficient_nets.models.resnet import ResNet
 from efficient_nets.models.resnext import ResNeXt
 from efficient_nets.models.squeezenet import SqueezeNet
-from efficient_nets.models.tnn import ConvTNN, TNN
+from efficient_nets.models.tnn import TNN, ConvTNN
 from efficient_nets.models.vgg import VGG
 
 MODELS = {

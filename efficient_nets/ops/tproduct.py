@@ -15,9 +15,9 @@ Here the axis of the tubes comes first and rows last: x `(n, ..., in)`, kernel `
 slices are then the leading axis of one batched matrix product, and a transform is one matrix
 product with what lies behind it as columns: neither moves an axis, forward or backward.
 
-M is a constant `(n, n)` matrix, which at the few dozen tubes of an image costs less than the slices'
-products. The DFT alone runs as an FFT: of real tubes that gives the n // 2 + 1 slices that are not
-conjugates of others, and so halves the complex products. It is computed in float32 at least.
+M is a constant `(n, n)` matrix: for tubes of a few dozen numbers one matrix product takes no longer
+than a fast transform. The DFT runs as an FFT nevertheless, in float32 at least, as XLA has one for
+any n: of real tubes it gives the n // 2 + 1 slices that are not conjugates of others.
 """
 
 import dataclasses
@@ -227,7 +227,8 @@ def product(x: Array, kernel: Array, by: Transform) -> Array:
             "(tubes, in, out)"
         )
     if x.shape[-1] != kernel.shape[1]:
-        raise UserError(f"x {x.shape} has not the {kernel.shape[1]} rows of a kernel {kernel.shape}")
+        rows = kernel.shape[1]
+        raise UserError(f"x {x.shape} has not the {rows} rows of a kernel {kernel.shape}")
     kernel = kernel.astype(x.dtype)
     if by.execution == "dense":
         return jnp.einsum("j...i,jiko->k...o", x, _blocks(kernel, by))

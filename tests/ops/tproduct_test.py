@@ -230,7 +230,7 @@ def test_log_probabilities_do_not_overflow():
 
 @pytest.mark.parametrize("name", [*tproduct.TRANSFORMS, "given"])
 def test_gain_is_the_variance_of_a_product(name, x64):
-    """Each entry of a kernel and of an input by itself: both have variance 1, and are independent."""
+    """All pairs of an entry of a kernel and one of an input: of variance 1, and independent."""
     by = by_name(name, 6)
     # One kernel of 6 columns, in each of which one entry of the tube is 1.
     expected = np.sum(tproduct.to_dense(jnp.eye(6)[:, None], by) ** 2) / 6
