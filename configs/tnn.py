@@ -2,11 +2,14 @@
 
     python -m efficient_nets.main --config=configs/tnn.py --workdir=runs/tnn
     python -m efficient_nets.main --config=configs/tnn.py:conv_tnn --workdir=runs/conv_tnn
-    python -m efficient_nets.main --config=configs/tnn.py:tnn,transform=haar
-    python -m efficient_nets.main --config=configs/tnn.py:tnn,transform=dft,readout=dense
-    python -m efficient_nets.main --config=configs/tnn.py:conv_tnn,dataset=cifar10
+    python -m efficient_nets.main --config=configs/tnn.py:tnn,readout=tubal_softmax
+    python -m efficient_nets.main --config=configs/tnn.py:tnn,transform=dft
+    python -m efficient_nets.main --config=configs/tnn.py:conv_tnn,dataset=fashion_mnist
+    python -m efficient_nets.main --config=configs/tnn.py:conv_tnn,dataset=cifar10,transform=haar
 
-99,064 parameters, 0.3 M MACs.
+98,794 parameters, 0.3 M MACs. The argument is one of the two nets, a data set, a key of TRANSFORMS
+in `efficient_nets/ops/tproduct.py`, and a read-out of `efficient_nets/models/tnn.py`. 97.8% after 5
+epochs, 96.2% with the tubal softmax; an epoch takes about 10 seconds on two CPU cores.
 """
 
 from efficient_nets import config as configs
@@ -14,18 +17,14 @@ from efficient_nets import recipes
 
 
 def get_config(text: str = "tnn"):
-    given = recipes.arguments(
-        text, model="tnn", dataset="mnist", transform="dct", readout="tubal_softmax"
-    )
+    given = recipes.arguments(text, model="tnn", dataset="mnist", transform="dct", readout="dense")
     config = configs.defaults()
-    config.model = configs.model(
-        given["model"], transform=given["transform"], readout=given["readout"]
-    )
-    config.data.name = given["dataset"]
+    config.data.name = given.pop("dataset")
+    config.model = configs.model(given.pop("model"), **given)
     config.data.train, config.data.validation = "train[:90%]", "train[90%:]"
     config.optimizer.name = "adam"
     config.optimizer.learning_rate = 2e-3
     config.schedule.warmup_epochs = 0.2
-    config.train.epochs = 10.0
+    config.train.epochs = 5.0
     config.train.batch_size = 128
     return config

@@ -151,7 +151,10 @@ class Transform:
 @functools.lru_cache
 def _matrices(of: Transform) -> tuple[np.ndarray, np.ndarray]:
     matrix = np.array(of.rows) if of.kind == GIVEN else TRANSFORMS[of.kind].matrix(of.size)
-    return matrix, np.linalg.inv(matrix)
+    found = matrix, np.linalg.inv(matrix)
+    for shared in found:
+        shared.flags.writeable = False
+    return found
 
 
 def transform(given: str | np.ndarray, size: int) -> Transform:

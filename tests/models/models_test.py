@@ -27,7 +27,7 @@ SMALL = {
     "pinet": (dict(form="ncp", degree=3, hidden=8), (5, 4, 3), "factors|states"),
     "pinet_resnet": (dict(blocks=(1, 1), width=0.0625), (9, 13, 3), r"stage\d/.*/conv\d"),
     "quadranet": (dict(depths=(1, 1, 1, 1), width=1 / 24), (9, 13, 3), "depthwise"),
-    "tnn": (dict(depth=1, readout="dense"), (5, 4, 3), "head"),
+    "tnn": (dict(depth=1), (5, 4, 3), "head"),
     "conv_tnn": (dict(width=0.125), (9, 13, 1), "conv"),
 }
 # Two groups of blocks have all that more of them have.
@@ -172,7 +172,7 @@ def test_names_of_layers_are_stable(monkeypatch):
             "stem",
         ],
         "tnn": ["head"],
-        "conv_tnn": ["conv1", "conv2"],
+        "conv_tnn": ["conv1", "conv2", "head"],
     }
     for name, (options, image_shape, _) in SMALL.items():
         model = shapes(name, image_shape, **options)

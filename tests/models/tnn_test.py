@@ -73,7 +73,7 @@ def test_conv_tnn_is_its_formula(transform, readout, x64):
 
 
 def test_logits_are_log_probabilities_to_which_every_slice_adds(x64):
-    model, values = reference.build("tnn", IMAGE, depth=1)
+    model, _ = reference.build("tnn", IMAGE, depth=1, readout="tubal_softmax")
     images = jnp.asarray(np.random.default_rng(1).normal(size=(3, *IMAGE)))
     graph, state = nnx.split(model)
 
@@ -89,6 +89,16 @@ def test_logits_are_log_probabilities_to_which_every_slice_adds(x64):
     assert np.abs(slices).max((1, 2)).min() > 1e-3
 
 
+def test_slices_of_a_t_layer_add_up_to_any_dense_layer(x64):
+    """What `_readout` says: of each dense kernel there is a t-layer's with the same sum."""
+    by, draws = tproduct.transform("dct", 4), np.random.default_rng(0)
+    x, dense = draws.normal(size=(4, 5, 3)), draws.normal(size=(4, 3, 2))
+    kernel = np.tensordot(by.matrices[1], np.tensordot(by.matrices[1].T, dense, 1), 1)
+    y = tproduct.product(jnp.asarray(x), jnp.asarray(kernel), by)
+    found = tproduct.to_slices(y, by).sum(0)
+    np.testing.assert_allclose(found, np.einsum("tni,tio->no", x, dense), **close)
+
+
 def shapes(name, **options):
     return nnx.eval_shape(
         lambda: models.create(
@@ -102,11 +112,11 @@ def count(name, **options):
 
 
 def test_parameter_counts_are_those_of_the_docstrings():
-    tnn = 4 * (28 * 28 * 28 + 28 * 28) + (28 * 28 * 10 + 28 * 10)
+    tnn = 4 * (28 * 28 * 28 + 28 * 28) + (28 * 28 * 10 + 10)
     dense = 4 * (784 * 784 + 784) + (784 * 10 + 10)
     assert count("tnn") == tnn
     assert {f"{tnn:,}", f"{dense:,}"} <= set(re.findall(r"[\d,]+\d", models.tnn.TNN.__doc__))
-    conv_tnn = (26 * 32 + (25 * 32 + 1) * 64) + 64 * (49 * 32 + 32) + 64 * (32 * 10 + 10)
+    conv_tnn = (26 * 32 + (25 * 32 + 1) * 64) + 64 * (49 * 32 + 32) + (64 * 32 * 10 + 10)
     assert count("conv_tnn") == conv_tnn
     said = set(re.findall(r"[\d,]+\d", models.tnn.ConvTNN.__doc__))
     assert {f"{conv_tnn:,}", f"{count('lenet'):,}"} <= said
@@ -117,12 +127,12 @@ def test_options_change_the_layers():
         found = layers.t_layers(shapes(name, **options))
         return {path: layer.kernel.shape for path, layer in found}
 
-    assert kernels("tnn", depth=2, width=0.5) == {
+    assert kernels("tnn", depth=2, width=0.5, readout="tubal_softmax") == {
         "hidden/0": (28, 28, 14),
         "hidden/1": (28, 14, 14),
         "head": (28, 14, 10),
     }
-    assert kernels("conv_tnn", depth=2, hidden=8, readout="dense") == {
+    assert kernels("conv_tnn", depth=2, hidden=8) == {
         "hidden/0": (64, 49, 8),
         "hidden/1": (64, 8, 8),
     }
@@ -149,7 +159,7 @@ def test_a_rounded_net_comes_back_from_its_file(tmp_path):
         ("tnn", dict(readout="softmax"), r"model\.readout='softmax' is not known.*'tubal_softmax'"),
         (
             "tnn",
-            dict(transform="dft"),
+            dict(transform="dft", readout="tubal_softmax"),
             r"model\.transform='dft': its slices are complex.*or give model\.readout='dense'",
         ),
         ("conv_tnn", dict(width=1 / 64, transform="haar"), r"tubes=1: .* must be even"),
