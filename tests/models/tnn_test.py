@@ -91,7 +91,7 @@ def test_logits_are_log_probabilities_to_which_every_slice_adds(x64):
 
 def test_slices_of_a_t_layer_add_up_to_any_dense_layer(x64):
     """What `_readout` says: of each dense kernel there is a t-layer's with the same sum."""
-    by, draws = tproduct.transform("dct", 4), np.random.default_rng(0)
+    by, draws = tproduct.transform("bior", 4), np.random.default_rng(0)
     x, dense = draws.normal(size=(4, 5, 3)), draws.normal(size=(4, 3, 2))
     kernel = np.tensordot(by.matrices[1], np.tensordot(by.matrices[1].T, dense, 1), 1)
     y = tproduct.product(jnp.asarray(x), jnp.asarray(kernel), by)
