@@ -4,6 +4,7 @@
     python -m efficient_nets.main --config=configs/tnn.py:conv_tnn --workdir=runs/conv_tnn
     python -m efficient_nets.main --config=configs/tnn.py:tnn,readout=tubal_softmax
     python -m efficient_nets.main --config=configs/tnn.py:tnn,transform=dft
+    python -m efficient_nets.main --config=configs/tnn.py --config.model.slice_wise=True
     python -m efficient_nets.main --config=configs/tnn.py:conv_tnn,dataset=fashion_mnist
     python -m efficient_nets.main --config=configs/tnn.py:conv_tnn,dataset=cifar10,transform=haar
 

@@ -32,10 +32,7 @@ def _readout(
     names.pick("model.readout", name, READOUTS)
     if name == "dense":
         return parts.head(by.size * rows, num_classes, rngs=rngs)
-    try:
-        tproduct.check_real(by)
-    except UserError as error:
-        raise UserError(f"model.{error}; or give model.readout='dense'") from error
+    _check_real(by, "model.readout='dense'")
     return TDense(rows, num_classes, by, rngs=rngs)
 
 
@@ -57,6 +54,13 @@ def _transform(name: str, tubes: int) -> tproduct.Transform:
     return tproduct.transform(name, tubes)
 
 
+def _check_real(by: tproduct.Transform, instead: str) -> None:
+    try:
+        tproduct.check_real(by)
+    except UserError as error:
+        raise UserError(f"model.{error}; or give {instead}") from error
+
+
 def _check_counts(**counts: int) -> None:
     for field, value in counts.items():
         if value < 1:
@@ -71,6 +75,9 @@ class TNN(nnx.Module):
     of as many values have 2,469,610. Such nets are those of Newman, Horesh, Avron, Kilmer (arXiv
     1811.06569) and Tensor_Layer's.
 
+    With slice_wise the activations act on slices: each is a net of its own, all of them are one
+    batched product a layer, and the image alone is transformed.
+
     Under readout='tubal_softmax' the logits are log probabilities, so the loss's softmax leaves
     them as they are. It trains less well, and takes a transform with real slices.
 
@@ -80,6 +87,7 @@ class TNN(nnx.Module):
       depth: t-layers in front of the read-out.
       transform: A key of `ops.tproduct.TRANSFORMS`.
       readout: A key of `READOUTS`.
+      slice_wise: Trains the frontal slices as nets that meet in the read-out; takes real ones.
       activation: A key of `parts.ACTIVATIONS`.
       width: Multiplies the rows of hidden layers, H C.
       rngs: Source of the initial values.
@@ -93,6 +101,7 @@ class TNN(nnx.Module):
         depth: int = 4,
         transform: str = "dct",
         readout: str = "dense",
+        slice_wise: bool = False,
         activation: str = "relu",
         width: float = 1.0,
         rngs: nnx.Rngs,
@@ -101,7 +110,10 @@ class TNN(nnx.Module):
         self.activation = parts.activation(activation)
         height, tubes, channels = image_shape
         rows = parts.scaled(height * channels, width)
-        by = _transform(transform, tubes)
+        by, self.before = _transform(transform, tubes), None
+        if slice_wise:
+            _check_real(by, "model.slice_wise=False")
+            by, self.before = _transform("identity", tubes), by
         self.hidden = _hidden([height * channels] + [rows] * depth, by, rngs)
         self.head = _readout(readout, rows, by, num_classes, rngs)
 
@@ -109,6 +121,8 @@ class TNN(nnx.Module):
         """Images `(N, H, W, C)` to logits `(N, num_classes)`."""
         batch, height, tubes, channels = images.shape
         x = images.transpose(2, 0, 1, 3).reshape(tubes, batch, height * channels)
+        if self.before is not None:
+            x = tproduct.to_slices(x, self.before)
         for layer in self.hidden:
             x = self.activation(layer(x))
         return _logits(self.head, x)

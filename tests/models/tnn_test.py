@@ -56,6 +56,21 @@ def test_tnn_is_its_formula(transform, readout, x64):
     np.testing.assert_allclose(jax.jit(model)(jnp.asarray(images)), expected, **close)
 
 
+def test_slice_wise_each_slice_is_a_net_of_its_own(x64):
+    options = dict(depth=1, transform="haar", readout="tubal_softmax", slice_wise=True)
+    model, values = reference.build("tnn", IMAGE, **options)
+    images = np.random.default_rng(1).normal(size=(3, *IMAGE))
+    slices = np.einsum("st,nhtc->snhc", tproduct.transform("haar", 8).matrices[0], images)
+    probabilities = np.zeros((3, 5))
+    for s, x in enumerate(slices.reshape(8, 3, -1)):
+        for name in ("hidden/0", "head"):
+            x = x @ values[f"{name}/kernel"][s] + values[f"{name}/bias"][s]
+            x = np.maximum(x, 0) if name == "hidden/0" else np.exp(x)
+        probabilities += x / x.sum(-1, keepdims=True) / 8
+    found = jax.jit(model)(jnp.asarray(images))
+    np.testing.assert_allclose(found, np.log(probabilities), **close)
+
+
 @each_readout
 def test_conv_tnn_is_its_formula(transform, readout, x64):
     options = dict(depth=2, transform=transform, readout=readout, width=0.125)
@@ -161,6 +176,11 @@ def test_a_rounded_net_comes_back_from_its_file(tmp_path):
             "tnn",
             dict(transform="dft", readout="tubal_softmax"),
             r"model\.transform='dft': its slices are complex.*or give model\.readout='dense'",
+        ),
+        (
+            "tnn",
+            dict(transform="dft", slice_wise=True),
+            r"model\.transform='dft'.*or give model\.slice_wise=False",
         ),
         ("conv_tnn", dict(width=1 / 64, transform="haar"), r"tubes=1: .* must be even"),
         ("tnn", dict(activation="rleu"), r"model\.activation='rleu'.*mean 'relu'"),
