@@ -134,6 +134,7 @@ class ConvTNN(nnx.Module):
     Each channel's map of H/4 x W/4 positions is a frontal slice's column: tubes run through the 64
     channels, rows are the positions. 174,986 parameters on 28x28 images of one channel and 10
     classes, where LeNet has 454,922. 64 is a power of 2, so every wavelet has all its levels.
+    Tensor_Layer's has convolutions between two t-layers and no poolings: it is another net.
 
     Args:
       image_shape: `(H, W, C)`; the net takes images of this size only.
