@@ -10,8 +10,8 @@
 
 98,794 parameters, 0.3 M MACs. The argument is one of the two nets, a data set, a key of TRANSFORMS
 in `efficient_nets/ops/tproduct.py`, and a read-out of `efficient_nets/models/tnn.py`. 97.8% after 5
-epochs, which take a minute on two CPU cores; 98.3% with the DFT, 96.2% with the tubal softmax, 96.9%
-slice-wise. The net behind convolutions, 174,986 parameters, has 99.1% after 2 epochs.
+epochs, which take a minute on two CPU cores; 98.3% with the DFT, 96.2% with the tubal softmax, and
+96.9% slice-wise. The net behind convolutions, 174,986 parameters, has 99.1% after 2 epochs.
 """
 
 from efficient_nets import config as configs
