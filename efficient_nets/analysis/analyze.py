@@ -22,6 +22,7 @@ from tqdm import tqdm
 from efficient_nets.analysis.histogram import Histogram, histogram
 from efficient_nets.analysis.spectrum import Spectrum, layer_spectrum
 from efficient_nets.analysis.terms import KINDS, OTHER, measured
+from efficient_nets.errors import UserError
 from efficient_nets.layers import layers, watched
 
 CHANNELS = 12  # of which maps are kept
@@ -138,11 +139,16 @@ def analyze(
       labels: Integers `(N,)`, or whatever `loss` takes.
       loss: `(logits, labels)` to a scalar. Gradients are those of training: batch statistics
         normalise. All else is in evaluation mode.
+
+    Raises:
+      UserError: if it holds none of them.
     """
     images, labels = jnp.asarray(images), jnp.asarray(labels)
     model = nnx.merge(*nnx.split(model))
     model.eval()
     found = dict(layers(model))
+    if not found:
+        raise UserError(f"{type(model).__name__} has no Dense or Conv to look into")
     hidden = jax.process_index() > 0
     with tqdm(total=2 + len(found), desc="analysis", leave=False, delay=5, disable=hidden) as bar:
         calls = _captured(*nnx.split(model), images)

@@ -14,24 +14,26 @@ import jax.numpy as jnp
 from clu import parameter_overview
 from flax import nnx
 
-from efficient_nets.layers import Codes, Layer, layers, watched
+from efficient_nets.layers import Codes, Layer, TDense, layers, watched
 from efficient_nets.layers.winograd import is_transformable, transform_layer
-from efficient_nets.ops import factorization, forms, packing, quantizers
+from efficient_nets.ops import factorization, forms, packing, quantizers, tproduct
 from efficient_nets.ops.quantizers import Arrays, Quantizer
 from efficient_nets.ops.winograd import WinogradMap
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerCost:
-    """One Dense or Conv of a net, on one image.
+    """One Dense, Conv or TDense of a net, on one image.
 
     Attributes:
       name: Path in the net, such as `stage1/0/conv2`.
-      kind: 'Conv' or 'Dense'.
+      kind: 'Conv', 'Dense' or 'TDense'.
       kernels: Shapes of the branches' kernels; of factorized ones those that their cores make.
-      input_shape: `(*spatial, C)` of its first call, without the batch axis.
+      input_shape: `(*spatial, C)` of its first call, without the batch axis; of a TDense with its
+        tubes in front.
       output_shape: The same of its output.
-      neuron, norm, kernel, algorithm, precision: Members of the axes, see `layers.LayerSpec`.
+      neuron, norm, kernel, algorithm, precision: Members of the axes, see `layers.LayerSpec`; of a
+        TDense, which has no axes, kernel is 't-product' and algorithm the transform.
       bits: Bits of a weight: those of its codes where it is rounded, those of the parameters' type
         where not, or where a schedule stops it in the end.
       input_bits: The same of what it is multiplied with. Under Winograd's algorithm both are those
@@ -46,7 +48,7 @@ class LayerCost:
         neuron's products, over all calls. Under Winograd's algorithm those over the channels, a^2 a
         tile; the transforms are additions and are not counted. Of a factorized kernel those with
         its cores, as it is computed for a single image; where it is made first, that is not
-        counted.
+        counted. Of a TDense those of `ops.tproduct.multiplications`.
       bops: Bit operations, over all calls: the product of both operands' bits for each of the MACs.
         A square has twice the input's bits; branches are multiplied with each other in float.
     """
@@ -86,13 +88,16 @@ def layer_costs(model: nnx.Module, image_shape: Sequence[int]) -> list[LayerCost
     found: dict[str, LayerCost] = {}
 
     def observer(path, layer, x, y):
-        cost = _layer_cost(path, layer, x.shape[1:], y.shape[1:])
+        if isinstance(layer, TDense):
+            cost = _tensor_cost(path, layer, *(z.shape[:1] + z.shape[2:] for z in (x, y)))
+        else:
+            cost = _layer_cost(path, layer, x.shape[1:], y.shape[1:])
         if path in found:
             macs, bops = found[path].macs + cost.macs, found[path].bops + cost.bops
             cost = dataclasses.replace(found[path], macs=macs, bops=bops)
         found[path] = cost
 
-    graph, state = nnx.split(watched(model, observer))
+    graph, state = nnx.split(watched(model, observer, tensors=True))
 
     def trace(state, images):
         nnx.merge(graph, state)(images)
@@ -102,7 +107,7 @@ def layer_costs(model: nnx.Module, image_shape: Sequence[int]) -> list[LayerCost
 
 
 def model_cost(model: nnx.Module, image_shape: Sequence[int]) -> dict[str, Any]:
-    """Costs of a whole net; arithmetic outside of Dense and Conv is not counted.
+    """Costs of a whole net; arithmetic outside of these layers is not counted.
 
     Of the whole net, norms included, `params`, `bytes` and `packed_bytes`, which a `LayerCost` has
     of a layer: `packed_bytes` are those of all arrays that `deploy.save` writes, its header aside.
@@ -196,6 +201,33 @@ def _core_multiplications(layer: Layer, before: int, after: int) -> int:
         kernel.network, kernel.run, (before, after), grouped=layer.geometry.groups > 1
     )
     return 0 if found.reconstructs else found.cost.macs
+
+
+def _tensor_cost(path: str, layer: TDense, input_shape, output_shape) -> LayerCost:
+    bits = 8 * layer.kernel.dtype.itemsize
+    each = tproduct.multiplications(layer.transform, layer.in_features, layer.features)
+    macs = math.prod(output_shape[1:-1]) * each
+    return LayerCost(
+        name=path,
+        kind=type(layer).__name__,
+        kernels=(layer.kernel.shape,),
+        input_shape=input_shape,
+        output_shape=output_shape,
+        neuron="linear",
+        norm="none",
+        kernel="t-product",
+        algorithm=str(layer.transform),
+        precision="float",
+        bits=bits,
+        input_bits=bits,
+        output_bits=0,
+        gradient_bits=0,
+        params=_params(layer),
+        bytes=_bytes(layer),
+        packed_bytes=_packed_bytes(layer),
+        macs=macs,
+        bops=macs * bits**2,
+    )
 
 
 def _params(module: nnx.Module) -> int:

@@ -18,8 +18,9 @@ from efficient_nets.layers.norm import (
 from efficient_nets.layers.observe import watched
 from efficient_nets.layers.precision import Codes, Range, advance, hold
 from efficient_nets.layers.recalibrate import batch_moments, recalibrate_norms
-from efficient_nets.layers.rules import convert, layers, ranges, set_compute_dtype
+from efficient_nets.layers.rules import convert, layers, ranges, set_compute_dtype, t_layers
 from efficient_nets.layers.spec import LayerSpec
+from efficient_nets.layers.tproduct import TDense
 from efficient_nets.layers.winograd import transform_kernels
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "LayerNorm",
     "LayerSpec",
     "Range",
+    "TDense",
     "advance",
     "batch_moments",
     "calibrate",
@@ -46,6 +48,7 @@ __all__ = [
     "ranges",
     "recalibrate_norms",
     "set_compute_dtype",
+    "t_layers",
     "transform_kernels",
     "watched",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from flax import nnx
 from jax import Array
 
-from efficient_nets.layers.rules import layers
+from efficient_nets.layers.rules import layers, t_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +26,16 @@ class Watch:
 
 
 def watched(
-    model: nnx.Module, observer: Callable | None = None, before: Callable | None = None
+    model: nnx.Module,
+    observer: Callable | None = None,
+    before: Callable | None = None,
+    *,
+    tensors: bool = False,
 ) -> nnx.Module:
     """A copy of the net in which every Dense and Conv calls `observer(path, layer, x, y)`.
 
-    `before(path, layer, x)` is called in front of the layer, and may change its parameters.
+    `before(path, layer, x)` is called in front of the layer, and may change its parameters. With
+    `tensors` every TDense calls the observer too; its x and y have the tubes in front of the batch.
 
     x is the layer's input in its compute type. y is the unit's output: behind a batch norm and
     activation that `layer_norm_act` took in with it.
@@ -43,4 +48,6 @@ def watched(
     for path, layer in layers(model):
         layer.watch = observer and Watch(path, observer)
         layer.prepare = before and Watch(path, before)
+    for path, layer in t_layers(model) if tensors else ():
+        layer.watch = observer and Watch(path, observer)
     return model

@@ -17,6 +17,7 @@ from efficient_nets.errors import UserError
 from efficient_nets.layers.linear import Layer
 from efficient_nets.layers.precision import Range
 from efficient_nets.layers.spec import LayerSpec
+from efficient_nets.layers.tproduct import TDense
 from efficient_nets.ops import precision
 
 REMOVE = "remove"
@@ -31,6 +32,13 @@ def layers(model: nnx.Module) -> Iterator[tuple[str, Layer]]:
     for path, layer in _with_removed(model):
         if not layer.removed:
             yield path, layer
+
+
+def t_layers(model: nnx.Module) -> Iterator[tuple[str, TDense]]:
+    """Every TDense with its path; it has none of the axes, so no rule of `convert` sees it."""
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, TDense):
+            yield "/".join(map(str, path)), node
 
 
 def ranges(model: nnx.Module) -> Iterator[tuple[str, Range]]:
@@ -131,10 +139,12 @@ def _spec(rule: Mapping, layer: Layer) -> LayerSpec:
 
 
 def set_compute_dtype(model: nnx.Module, dtype: jnp.dtype) -> nnx.Module:
-    """A copy of the model whose Dense and Conv layers compute their products in `dtype`."""
+    """A copy of the model whose Dense, Conv and TDense layers compute their products in `dtype`."""
     model = nnx.clone(model)
     for _, layer in layers(model):
         layer.geometry = dataclasses.replace(layer.geometry, dtype=dtype)
+    for _, layer in t_layers(model):
+        layer.dtype = dtype
     return model
 
 

@@ -24,6 +24,7 @@ from efficient_nets.models.quadranet import QuadraNet
 from efficient_nets.models.resnet import ResNet
 from efficient_nets.models.resnext import ResNeXt
 from efficient_nets.models.squeezenet import SqueezeNet
+from efficient_nets.models.tnn import TNN, ConvTNN
 from efficient_nets.models.vgg import VGG
 
 MODELS = {
@@ -38,6 +39,8 @@ MODELS = {
     "pinet": PiNet,
     "pinet_resnet": PiResNet,
     "quadranet": QuadraNet,
+    "tnn": TNN,
+    "conv_tnn": ConvTNN,
 }
 
 # Options of published variants, by architecture and their own name.

@@ -96,7 +96,7 @@ def searched(config: ConfigDict) -> list[str]:
     able = [
         cost.name
         for cost in analysis.layer_costs(model, info.image_shape)
-        if _has_tiles(geometries[cost.name])
+        if cost.name in geometries and _has_tiles(geometries[cost.name])
     ]
     return paths.matching("winas.layers", config.winas.layers, able, "convolutions of several taps")
 

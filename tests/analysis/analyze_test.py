@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from efficient_nets import analysis, layers
+from efficient_nets.errors import UserError
 from efficient_nets.layers import BatchNorm, Conv, Dense, LayerSpec, layer_norm_act
 
 OURS = LayerSpec(neuron="ours", norm="branch")
@@ -141,6 +142,11 @@ def test_the_net_is_left_as_it_is():
     analysis.analyze(net, *batch())
     assert nnx.graphdef(net) == graph and not net.first.norm.use_running_average
     jax.tree.map(np.testing.assert_array_equal, before, nnx.to_pure_dict(nnx.state(net)))
+
+
+def test_a_net_without_such_layers_is_an_error():
+    with pytest.raises(UserError, match="BatchNorm has no Dense or Conv to look into"):
+        analysis.analyze(BatchNorm(3, rngs=nnx.Rngs(0)), np.ones((2, 3)), np.ones(2, int))
 
 
 def test_nan_and_infinity_are_counted_where_they_are():

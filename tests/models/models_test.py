@@ -27,6 +27,8 @@ SMALL = {
     "pinet": (dict(form="ncp", degree=3, hidden=8), (5, 4, 3), "factors|states"),
     "pinet_resnet": (dict(blocks=(1, 1), width=0.0625), (9, 13, 3), r"stage\d/.*/conv\d"),
     "quadranet": (dict(depths=(1, 1, 1, 1), width=1 / 24), (9, 13, 3), "depthwise"),
+    "tnn": (dict(depth=1), (5, 4, 3), "head"),
+    "conv_tnn": (dict(width=0.125), (9, 13, 1), "conv"),
 }
 # Two groups of blocks have all that more of them have.
 SHORT_V2 = (1, ((1, 16, 1, 1), (6, 24, 2, 2)))
@@ -169,6 +171,8 @@ def test_names_of_layers_are_stable(monkeypatch):
             *(f"stage{s}/0/{n}" for s in (1, 2, 3, 4) for n in ("depthwise", "expand", "project")),
             "stem",
         ],
+        "tnn": ["head"],
+        "conv_tnn": ["conv1", "conv2", "head"],
     }
     for name, (options, image_shape, _) in SMALL.items():
         model = shapes(name, image_shape, **options)
@@ -249,7 +253,7 @@ def test_a_model_takes_images_of_other_sizes(name, options, sizes):
         assert logits.shape == (3, 10)
 
 
-@pytest.mark.parametrize("name", [*(n for n in SMALL if n != "pinet"), "imagenet"])
+@pytest.mark.parametrize("name", [*(n for n in SMALL if n not in ("pinet", "tnn")), "imagenet"])
 def test_convolutions_pad_half_the_kernel_on_both_sides(name):
     options, image_shape, _ = SMALL.get(name, (IMAGENET, (64, 64, 3), ""))
     model = shapes("resnet" if name == "imagenet" else name, image_shape, **options)
