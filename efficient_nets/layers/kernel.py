@@ -1,10 +1,9 @@
 """The kernels of a layer's branches: arrays, or the cores of factorized ones."""
 
-import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -54,7 +53,7 @@ def networks(
             if name not in kept or isinstance(kept[name], jax.core.Tracer):
                 raise UserError(
                     f"kernel='{spec.kernel}': its rank depends on the numbers of a kernel, which "
-                    "a config has not; `--mode=decompose` finds ranks and writes a config with them"
+                    "are not known under jit, nor from a config: give a number, or a share"
                 )
             rank = (spec.kernel.rank, spec.kernel.energy)
             found[name] = factorization.of_kernel(network, kept[name], *rank)
@@ -78,7 +77,7 @@ def fresh(
     dense = kernel_init(rngs.params(), network.kernel_shape, dtype)
     target = jnp.mean(jnp.square(dense))
     starts = target > 0
-    target = jnp.where(starts, target, 1 / np.prod(network.kernel_shape[:-1]))
+    target = jnp.where(starts, target, 1 / math.prod(network.kernel_shape[:-1]))
     scale = factorization.core_scale(network, target)
     cores = {
         name: scale * jax.random.normal(rngs.params(), shape, dtype)
@@ -89,12 +88,3 @@ def fresh(
     cores = {name: core * factor for name, core in cores.items()}
     last = network.cores[-1][0]
     return cores | {last: jnp.where(starts, cores[last], 0)}
-
-
-def decomposed(spec: LayerSpec, network: Network, kernel: Array) -> dict[str, Array]:
-    """The cores of a kernel that is there."""
-    return factorization.decompose(spec.kernel.form, network, kernel)
-
-
-def dense_spec(spec: LayerSpec) -> LayerSpec:
-    return dataclasses.replace(spec, kernel=factorization.DENSE)
