@@ -178,7 +178,7 @@ def defaults() -> ConfigDict:
             norm_batches=0,
         )
     )
-    config.pretrain = ConfigDict(  # a run of the same net first, direct and in float
+    config.pretrain = ConfigDict(  # a run of the same net first, dense, direct and in float
         dict(
             epochs=0.0,  # 0: none; else this run starts from its weights
             learning_rate=0.1,

@@ -1,4 +1,4 @@
-"""A net in float and direct first, the one of a config from its weights: `config.pretrain`.
+"""A net in float, direct and dense first, that of a config from its weights: `config.pretrain`.
 
 Both are runs of one command.
 """
@@ -22,6 +22,7 @@ FOLDER = "float"  # of the first run, in the workdir of the second
 def float_config(config: ConfigDict) -> ConfigDict:
     """The config of the first run: the same net, direct and in float, trained as config.pretrain.
 
+    Kernels that start='kept' decomposes are dense in it.
     With `pretrain.keep_precision` it is rounded as the rules say, but for the sites inside of
     transforms, which a direct layer has not.
 
@@ -62,6 +63,8 @@ def is_done(workdir: pathlib.Path, config: ConfigDict) -> bool:
 
 def _check_differs(config: ConfigDict, rounding) -> None:
     pretrain = config.pretrain
+    if not pretrain.keep_precision and any(map(_decomposes, config.layers)):
+        return
     if any(
         winograd.parse(rule.get("algorithm", winograd.DIRECT)) != winograd.DIRECT
         for rule in config.layers
@@ -75,8 +78,12 @@ def _check_differs(config: ConfigDict, rounding) -> None:
     if not rounding:
         raise UserError(
             f"pretrain.epochs={pretrain.epochs}: no rule of layers has a precision or an "
-            "algorithm, so that the net in float is the net itself"
+            "algorithm, or start='kept', so that the net in float is the net itself"
         )
+
+
+def _decomposes(rule: Mapping) -> bool:
+    return rule.get("start") == "kept" and rule.get("kernel", "dense") != "dense"
 
 
 def _takes_signs(rule) -> bool:
@@ -86,7 +93,8 @@ def _takes_signs(rule) -> bool:
 
 def _direct(rule: Mapping, keeps_precision: bool) -> dict:
     """The rule for the first run."""
-    left = {key: value for key, value in rule.items() if key not in ("algorithm", "precision")}
+    later = {"algorithm", "precision"} | ({"kernel", "start"} if _decomposes(rule) else set())
+    left = {key: value for key, value in rule.items() if key not in later}
     if keeps_precision and "precision" in rule:
         left["precision"] = _outer(rule["precision"])
     return left

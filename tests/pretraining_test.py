@@ -164,7 +164,7 @@ def test_a_net_in_float_of_another_config_is_not_taken(workdir):
     [
         (
             dict(pretrain__epochs=1.0),
-            "pretrain.epochs=1.0: no rule of layers has a precision or an algorithm",
+            "pretrain.epochs=1.0: no rule of layers has a precision or an algorithm, or start='kept'",
         ),
         (dict(pretrain__learning_rate=0.2), "pretrain.epochs=0: then the other fields"),
         (dict(pretrain__keep_precision=True), "pretrain.epochs=0: then the other fields"),
@@ -174,7 +174,7 @@ def test_a_net_in_float_of_another_config_is_not_taken(workdir):
         ),
         (
             dict(pretrain__epochs=1.0, layers=(dict(match="conv", algorithm="direct"),)),
-            "pretrain.epochs=1.0: no rule of layers has a precision or an algorithm",
+            "pretrain.epochs=1.0: no rule of layers has a precision or an algorithm, or start='kept'",
         ),
         (
             dict(pretrain__epochs=1.0, checkpoint__init_from="x"),
