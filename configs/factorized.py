@@ -2,13 +2,13 @@
 
     python -m efficient_nets.main --config=configs/factorized.py:tt:0.1 --workdir=runs/tt
     python -m efficient_nets.main --config=configs/factorized.py:cp:0.1,dense=2 --workdir=runs/cp
-    python -m efficient_nets.main --config=configs/factorized.py:tucker:0.2,model=vgg,dataset=cifar10
+    python -m efficient_nets.main --config=configs/factorized.py:tt:0.2,model=vgg,dataset=cifar10
 
-45,706 parameters, 12.4 M MACs. The argument is a kernel of `efficient_nets/ops/factorization/spec.py`, here with a tenth of the
-dense one's parameters, and options: model (lenet, vgg), dataset, and dense, the epochs for which
-the dense net is trained first, whose kernels are decomposed then. The head stays dense, and so does
-a layer whose cores would have no fewer parameters. Two CPU cores take about 40 seconds an epoch of
-LeNet.
+45,706 parameters, 12.4 M MACs. The argument is a kernel of
+`efficient_nets/ops/factorization/spec.py`, here with a tenth of the dense one's parameters, and
+options: model (lenet, vgg), dataset, and dense, the epochs for which the dense net is trained
+first, whose kernels are decomposed then. The head stays dense, and so does a layer whose cores
+would have no fewer parameters. Two CPU cores take about a minute an epoch of LeNet.
 """
 
 from efficient_nets import config as configs

@@ -1,5 +1,7 @@
 """Starting from another run's trained net, converted: `config.checkpoint.convert_from`.
 
+So does a net whose kernels are decomposed from those that `config.pretrain` trained.
+
 The net is built as that run built it, gets its weights, and is then what `layers.convert` makes of
 it by this config's rules: a linear net starts quadratic with `start='relinear'`.
 """
@@ -14,16 +16,25 @@ from efficient_nets.errors import UserError
 from efficient_nets.experiment import Experiment, TrainState
 
 
-def converted_start(run: Experiment, state: TrainState) -> TrainState:
+def converted_start(
+    run: Experiment, state: TrainState, first: pathlib.Path | None = None
+) -> TrainState:
     """The fresh state with the parameters and statistics of the converted net in it.
+
+    Args:
+      run: The experiment.
+      state: Its fresh state.
+      first: The workdir of the run that `config.pretrain` made, else that of `convert_from`.
 
     Raises:
       UserError: if the other run is of another architecture or another number of classes, or the
         rules make another net of it than of a plain one.
     """
-    field, folder = "checkpoint.convert_from", pathlib.Path(run.config.checkpoint.convert_from)
+    field = "checkpoint.convert_from" if first is None else "pretrain"
+    folder = first or pathlib.Path(run.config.checkpoint.convert_from)
     source = workdirs.read_config(field, folder)
-    _check_same_model(field, folder, source, run)
+    if first is None:
+        _check_same_model(field, folder, source, run)
     graph, found = workdirs.trained_net(field, folder, source, run)
 
     def convert(found):

@@ -54,6 +54,11 @@ def float_config(config: ConfigDict) -> ConfigDict:
     return experiment.without_idle_rules(plain)
 
 
+def decomposes(config: ConfigDict) -> bool:
+    """Whether rules make kernels of those that are trained first, and not of the same shape."""
+    return any(map(_decomposes, config.layers))
+
+
 def is_done(workdir: pathlib.Path, config: ConfigDict) -> bool:
     """Whether a run of this config has ended there."""
     if not (workdir / "result.json").exists():
@@ -63,7 +68,7 @@ def is_done(workdir: pathlib.Path, config: ConfigDict) -> bool:
 
 def _check_differs(config: ConfigDict, rounding) -> None:
     pretrain = config.pretrain
-    if not pretrain.keep_precision and any(map(_decomposes, config.layers)):
+    if not pretrain.keep_precision and decomposes(config):
         return
     if any(
         winograd.parse(rule.get("algorithm", winograd.DIRECT)) != winograd.DIRECT

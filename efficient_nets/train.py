@@ -112,6 +112,8 @@ def _start(
     state, config = run.initial_state(), run.config
     if config.checkpoint.convert_from:
         state = conversion.converted_start(run, state)
+    elif config.pretrain.epochs and pretraining.decomposes(config):
+        state = conversion.converted_start(run, state, pretrained)
     elif config.pretrain.epochs:
         state = workdirs.warm_start(run, state, pretrained)
     elif config.checkpoint.init_from:

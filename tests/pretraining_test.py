@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from efficient_nets import config as configs
-from efficient_nets import data, experiment, pretraining, recipes, workdirs
+from efficient_nets import conversion, data, experiment, pretraining, recipes, workdirs
 from efficient_nets import train as training
 from efficient_nets.errors import UserError
+from efficient_nets.ops import factorization
 from tests.train_test import metrics, tiny
 
 ROUNDED = (
@@ -150,6 +151,32 @@ def test_a_tiled_net_starts_from_the_direct_one(keeps, tmp_path, caplog):
         np.testing.assert_array_equal(matrix, fresh.params["conv1"]["transforms"][name])
 
 
+def test_a_factorized_net_starts_from_the_cores_of_the_dense_one(tmp_path):
+    layers = (dict(match="conv2", kernel="tucker:0.4", start="kept"), dict(match="hidden"))
+    small = configs.model("lenet", width=0.25)
+    config = tiny(model=small, layers=layers, train__epochs=0.2, pretrain__epochs=0.2)
+    assert pretraining.float_config(config).layers == (dict(match="conv2"), dict(match="hidden"))
+    training.train(config, tmp_path)
+    run = experiment.build(config, data.load(config.data))
+    state = conversion.converted_start(run, run.initial_state(), tmp_path / "float")
+    plain = pretraining.float_config(config)
+    source = experiment.build(plain, data.load(plain.data))
+    dense = workdirs.restore_for_evaluation(source, tmp_path / "float", "newest").params
+    network = factorization.parse("tucker:0.4").network(dense["conv2"]["w"]["kernel"].shape)
+    cores = state.params["conv2"]["w"]["kernel"]
+    found = factorization.relative_error(network, cores, dense["conv2"]["w"]["kernel"])
+    assert 0 < found < 0.9
+    expected = factorization.decompose("tucker", network, dense["conv2"]["w"]["kernel"])
+    # Vectors may change sign from one program to another; what they make does not.
+    np.testing.assert_allclose(
+        factorization.reconstruct(network, cores),
+        factorization.reconstruct(network, expected),
+        atol=1e-4,
+    )
+    for name in ("conv1", "hidden"):
+        jax.tree.map(np.testing.assert_array_equal, state.params[name], dense[name])
+
+
 def test_a_net_in_float_of_another_config_is_not_taken(workdir):
     plain = pretraining.float_config(two_runs())
     assert pretraining.is_done(workdir / "float", plain)
@@ -164,7 +191,7 @@ def test_a_net_in_float_of_another_config_is_not_taken(workdir):
     [
         (
             dict(pretrain__epochs=1.0),
-            "pretrain.epochs=1.0: no rule of layers has a precision or an algorithm, or start='kept'",
+            "pretrain.epochs=1.0: no rule of layers has a precision or an algorithm, or st",
         ),
         (dict(pretrain__learning_rate=0.2), "pretrain.epochs=0: then the other fields"),
         (dict(pretrain__keep_precision=True), "pretrain.epochs=0: then the other fields"),
@@ -174,7 +201,7 @@ def test_a_net_in_float_of_another_config_is_not_taken(workdir):
         ),
         (
             dict(pretrain__epochs=1.0, layers=(dict(match="conv", algorithm="direct"),)),
-            "pretrain.epochs=1.0: no rule of layers has a precision or an algorithm, or start='kept'",
+            "pretrain.epochs=1.0: no rule of layers has a precision or an algorithm, or st",
         ),
         (
             dict(pretrain__epochs=1.0, checkpoint__init_from="x"),
