@@ -11,29 +11,9 @@ first, whose kernels are decomposed then. The head stays dense, and so does a la
 would have no fewer parameters. Two CPU cores take about a minute an epoch of LeNet.
 """
 
-from efficient_nets import config as configs
 from efficient_nets import recipes
 
 
 def get_config(text: str = "tt:0.1"):
-    given = recipes.arguments(text, kernel="tt:0.1", model="lenet", dataset="mnist", dense=0)
-    config = configs.defaults()
-    options = {"layout": "D"} if given["model"] == "vgg" else {}
-    config.model = configs.model(given["model"], **options)
-    config.data.name = given["dataset"]
-    config.data.train, config.data.validation = "train[:90%]", "train[90%:]"
-    rule = dict(match="^(?!head$)", kernel=given["kernel"])
-    config.optimizer.learning_rate = 0.05
-    config.optimizer.weight_decay = 5e-4
-    config.schedule.warmup_epochs = 0.5
-    config.train.epochs = 10.0
-    config.train.batch_size = 128
-    if given["dense"]:
-        rule["start"] = "kept"
-        config.pretrain.epochs = float(given["dense"])
-        config.pretrain.learning_rate = config.optimizer.learning_rate
-    if given["model"] == "vgg":
-        config.data.crop, config.data.flip = 4, True
-        config.train.epochs = 200.0
-    config.layers = (rule,)
-    return config
+    given = recipes.arguments(text, kernel="tt:0.1", model="lenet", dataset="mnist", dense=0.0)
+    return recipes.factorized(*(given[key] for key in ("kernel", "model", "dataset", "dense")))

@@ -3,7 +3,7 @@
 from efficient_nets import config as configs
 from efficient_nets import names
 from efficient_nets.errors import UserError
-from efficient_nets.ops import neurons
+from efficient_nets.ops import factorization, neurons
 from efficient_nets.ops.precision import parse
 
 # The first layer of every architecture, and the last one.
@@ -128,6 +128,49 @@ def _eight_bits(text: str, image: bool) -> dict[str, dict]:
     except UserError as error:
         raise UserError(f"first_last='8bit' with precision={text!r}: {error}") from error
     return found
+
+
+FACTORIZED = {"lenet": {}, "vgg": {"layout": "D"}}  # architectures, and their options
+
+
+def factorized(kernel: str, model: str = "lenet", dataset: str = "mnist", dense: float = 0.0):
+    """A config in the spirit of Tensor_Layer: a net all of whose layers but the head have a kernel.
+
+    SGD with momentum 0.9, learning rate 0.05, weight decay 5e-4, batch 128, cosine decay; 10 epochs
+    of LeNet, 200 of VGG-16, with crops and flips.
+
+    Args:
+      kernel: As in `LayerSpec`; 'dense' for the net to compare with.
+      model: A key of `FACTORIZED`.
+      dataset: The data set's name.
+      dense: Epochs for which the dense net is trained first, to be decomposed; 0: from scratch.
+
+    Raises:
+      UserError: on an unknown model or kernel, or a dense kernel with `dense`.
+    """
+    names.pick("model", model, FACTORIZED)
+    parsed = factorization.parse(kernel)
+    if dense and parsed == factorization.DENSE:
+        raise UserError(f"dense={dense} with kernel='dense': there is nothing to decompose")
+    config = configs.defaults()
+    config.model = configs.model(model, **FACTORIZED[model])
+    config.data.name = dataset
+    config.data.train, config.data.validation = "train[:90%]", "train[90%:]"
+    config.optimizer.learning_rate = 0.05
+    config.optimizer.weight_decay = 5e-4
+    config.schedule.warmup_epochs = 0.5
+    config.train.epochs = 10.0
+    config.train.batch_size = 128
+    if model == "vgg":
+        config.data.crop, config.data.flip = 4, True
+        config.train.epochs = 200.0
+    rule = dict(match="^(?!head$)", kernel=kernel)
+    if dense:
+        rule["start"] = "kept"
+        config.pretrain.epochs = float(dense)
+        config.pretrain.learning_rate = config.optimizer.learning_rate
+    config.layers = (rule,)
+    return config
 
 
 def winograd(
