@@ -13,7 +13,7 @@ from efficient_nets.deployment import make_deployable
 from efficient_nets.errors import TrainingDiverged, UserError
 from efficient_nets.evaluation import evaluate
 from efficient_nets.inspection import inspect
-from efficient_nets.search import auto_builder, latency, mixed_precision, winas
+from efficient_nets.search import auto_builder, decompose, latency, mixed_precision, winas
 from efficient_nets.train import train
 
 FLAGS = flags.FLAGS
@@ -26,6 +26,7 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run, else runs/NAME[-ARGUMENT].")
 MODES = ["train", "eval", "summary", "analyze", "sensitivity", "search", "latency", "deploy"]
+MODES += ["decompose"]
 MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "", "eval, analyze, deploy: the workdir to restore from."
@@ -65,6 +66,8 @@ def _run(config, workdir: pathlib.Path) -> None:
         mixed_precision.build(config, workdir)
     elif MODE.value == "search":
         winas.build(config, workdir)
+    elif MODE.value == "decompose":
+        decompose.build(config, workdir)
     elif MODE.value == "latency":
         latency.measure(config, workdir)
     elif MODE.value == "deploy":

@@ -133,7 +133,14 @@ def _eight_bits(text: str, image: bool) -> dict[str, dict]:
 FACTORIZED = {"lenet": {}, "vgg": {"layout": "D"}}  # architectures, and their options
 
 
-def factorized(kernel: str, model: str = "lenet", dataset: str = "mnist", dense: float = 0.0):
+def factorized(
+    kernel: str,
+    model: str = "lenet",
+    dataset: str = "mnist",
+    dense: float = 0.0,
+    *,
+    kept: bool = False,
+):
     """A config in the spirit of Tensor_Layer: a net all of whose layers but the head have a kernel.
 
     SGD with momentum 0.9, learning rate 0.05, weight decay 5e-4, batch 128, cosine decay; 10 epochs
@@ -144,13 +151,14 @@ def factorized(kernel: str, model: str = "lenet", dataset: str = "mnist", dense:
       model: A key of `FACTORIZED`.
       dataset: The data set's name.
       dense: Epochs for which the dense net is trained first, to be decomposed; 0: from scratch.
+      kept: Whether cores come from the kernels that there are, as they do with `dense`.
 
     Raises:
       UserError: on an unknown model or kernel, or a dense kernel with `dense`.
     """
     names.pick("model", model, FACTORIZED)
     parsed = factorization.parse(kernel)
-    if dense and parsed == factorization.DENSE:
+    if (dense or kept) and parsed == factorization.DENSE:
         raise UserError(f"dense={dense} with kernel='dense': there is nothing to decompose")
     config = configs.defaults()
     config.model = configs.model(model, **FACTORIZED[model])
@@ -165,8 +173,9 @@ def factorized(kernel: str, model: str = "lenet", dataset: str = "mnist", dense:
         config.data.crop, config.data.flip = 4, True
         config.train.epochs = 200.0
     rule = dict(match="^(?!head$)", kernel=kernel)
-    if dense:
+    if dense or kept:
         rule["start"] = "kept"
+    if dense:
         config.pretrain.epochs = float(dense)
         config.pretrain.learning_rate = config.optimizer.learning_rate
     config.layers = (rule,)

@@ -47,8 +47,8 @@ class LayerCost:
       macs: Multiply-accumulates of the linear maps and multiplications of squares, forms and the
         neuron's products, over all calls. Under Winograd's algorithm those over the channels, a^2 a
         tile; the transforms are additions and are not counted. Of a factorized kernel those with
-        its cores, as it is computed for a single image; where it is made first, that is not
-        counted. Of a TDense those of `ops.tproduct.multiplications`.
+        its cores; where it is made first, as run='auto' does if that is fewer, those with it, and
+        not those that make it. Of a TDense those of `ops.tproduct.multiplications`.
       bops: Bit operations, over all calls: the product of both operands' bits for each of the MACs.
         A square has twice the input's bits; branches are multiplied with each other in float.
     """
@@ -195,12 +195,17 @@ def _kernel_shape(layer: Layer, branch) -> tuple[int, ...]:
 
 
 def _core_multiplications(layer: Layer, before: int, after: int) -> int:
-    """Of a branch whose input goes from core to core; 0 where its kernel is made first."""
+    """Of a branch whose input goes from core to core; 0 where its kernel is made first.
+
+    'auto' goes the way of fewer for large batches, for which making the kernel counts little.
+    """
     kernel = layer.branches[0].kernel
-    found = factorization.plan(
-        kernel.network, kernel.run, (before, after), grouped=layer.geometry.groups > 1
-    )
-    return 0 if found.reconstructs else found.cost.macs
+    grouped = layer.geometry.groups > 1
+    if grouped or kernel.run == "reconstructed":
+        return 0
+    found = factorization.plan(kernel.network, "factorized", (before, after)).cost.macs
+    dense = after * kernel.network.dense_params
+    return 0 if kernel.run == "auto" and dense < found else found
 
 
 def _tensor_cost(path: str, layer: TDense, input_shape, output_shape) -> LayerCost:

@@ -53,7 +53,8 @@ def networks(
             if name not in kept or isinstance(kept[name], jax.core.Tracer):
                 raise UserError(
                     f"kernel='{spec.kernel}': its rank depends on the numbers of a kernel, which "
-                    "are not known under jit, nor from a config: give a number, or a share"
+                    "are not known under jit, nor from a config: give a number or a share, or find "
+                    "it by --mode=decompose"
                 )
             rank = (spec.kernel.rank, spec.kernel.energy)
             found[name] = factorization.of_kernel(network, kept[name], *rank)

@@ -132,6 +132,16 @@ def _check_removals(rules: Sequence[Mapping]) -> None:
             )
 
 
+def specs(model: nnx.Module, rules: Sequence[Mapping]) -> dict[str, LayerSpec]:
+    """What `convert` would give each layer that a rule matches and does not remove."""
+    found = {}
+    for path, layer in layers(model):
+        index = _first_match(rules, path)
+        if index is not None and REMOVE not in rules[index]:
+            found[path] = _spec(rules[index], layer)
+    return found
+
+
 def _spec(rule: Mapping, layer: Layer) -> LayerSpec:
     """The layer's spec with the rule's fields; a start is for the rule that names it."""
     fields = {"start": "own"} | {k: v for k, v in rule.items() if k != "match"}
