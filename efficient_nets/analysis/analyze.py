@@ -24,6 +24,7 @@ from efficient_nets.analysis.spectrum import Spectrum, layer_spectrum
 from efficient_nets.analysis.terms import KINDS, OTHER, measured
 from efficient_nets.errors import UserError
 from efficient_nets.layers import layers, watched
+from efficient_nets.ops import factorization
 
 CHANNELS = 12  # of which maps are kept
 ROWS = 64  # of kernels without a window
@@ -39,7 +40,8 @@ class LayerAnalysis:
       activations: Of the output: behind the batch norm and activation that run as one unit with the
         layer, see `layers.layer_norm_act`.
       weights: Of the kernels, by branch.
-      gradients: Of the loss, with respect to the kernels, by branch.
+      gradients: Of the loss, with respect to the kernels, by branch; of a factorized kernel what a
+        step along the gradient of its cores adds to it, per unit of the step.
       moments: Second moments of the terms, E t^2 over images, positions and channels, by kind (see
         `analysis.terms`), before the norm and activation.
       moment: That of the sum of all terms.
@@ -179,9 +181,10 @@ def batch_histograms(
     _, calls, gradients = _gradients(model, images, labels, loss, watch=True)
     outputs = dict(zip(calls.paths, calls.outputs, strict=True))
     found = {f"activations/{path}": histogram(y) for path, y in outputs.items()}
+    every = dict(layers(model))
     for path in outputs:
-        for branch, kernel in _kernel_histograms(gradients[path]).items():
-            found[f"gradients/{path}/{branch}"] = kernel
+        for branch, gradient in _kernel_gradients(every[path], gradients[path]).items():
+            found[f"gradients/{path}/{branch}"] = histogram(gradient)
     return found
 
 
@@ -251,6 +254,8 @@ def _training_pass(graph: nnx.GraphDef, loss, watch: bool, params, rest, images,
 
 
 def _look(path: str, layer, x: Array, y: Array, gradient) -> LayerAnalysis:
+    kernels = {name: getattr(layer, name).dense() for name in layer.spec.branches}
+    of_kernels = _kernel_gradients(layer, gradient)
     found = jax.device_get(measured(*nnx.split(layer), x, y, CHANNELS))
     moments = found.pop("moments")  # JAX has sorted them
     moments = {kind: float(moments[kind]) for kind in (*KINDS, OTHER) if kind in moments}
@@ -264,17 +269,16 @@ def _look(path: str, layer, x: Array, y: Array, gradient) -> LayerAnalysis:
         neuron=layer.spec.neuron,
         norm=layer.spec.norm,
         activations=histogram(y),
-        weights=_kernel_histograms(layer),
-        gradients=_kernel_histograms(gradient),
-        weight_maps=_kernel_maps(layer),
-        gradient_maps=_kernel_maps(gradient),
+        weights={name: histogram(kernel) for name, kernel in kernels.items()},
+        gradients={name: histogram(each) for name, each in of_kernels.items()},
+        weight_maps=_maps(kernels),
+        gradient_maps=_maps(of_kernels),
         spectrum=layer_spectrum(layer),
         **found,
     )
 
 
-def _kernel_maps(layer) -> dict[str, np.ndarray]:
-    kernels = {name: getattr(layer, name).dense() for name in layer.spec.branches}
+def _maps(kernels: dict[str, Array]) -> dict[str, np.ndarray]:
     return {
         name: np.asarray(
             kernel[:ROWS, :CHANNELS] if kernel.ndim == 2 else kernel[..., 0, :CHANNELS]
@@ -283,6 +287,12 @@ def _kernel_maps(layer) -> dict[str, np.ndarray]:
     }
 
 
-def _kernel_histograms(layer) -> dict[str, Histogram]:
-    kernels = {name: getattr(layer, name).kernel for name in layer.spec.branches}
-    return {name: histogram(kernel[...]) for name, kernel in kernels.items()}
+def _kernel_gradients(layer, gradient) -> dict[str, Array]:
+    """By branch; of a factorized kernel what a small step along its cores' gradient adds to it."""
+    found = {}
+    for name in layer.spec.branches:
+        own, change = (getattr(of, name).value() for of in (layer, gradient))
+        if isinstance(own, factorization.Factored):
+            _, change = jax.jvp(factorization.dense, (own,), (change,))
+        found[name] = change
+    return found

@@ -7,8 +7,10 @@ import pytest
 from flax import nnx
 
 from efficient_nets import analysis, layers
+from efficient_nets.analysis.analyze import cross_entropy
 from efficient_nets.errors import UserError
 from efficient_nets.layers import BatchNorm, Conv, Dense, LayerSpec, layer_norm_act
+from efficient_nets.ops import factorization
 
 OURS = LayerSpec(neuron="ours", norm="branch")
 
@@ -177,3 +179,29 @@ def test_the_largest_product_is_the_largest_finite_one():
     layer.a.kernel[...], layer.b.kernel[...] = jnp.asarray([[2.0, jnp.nan]]), jnp.ones((1, 2))
     (found,) = analysis.analyze(layer, jnp.ones((3, 1)), jnp.zeros(3, jnp.int32)).layers
     assert (found.product_max, found.product_nonfinite) == (2, 3)
+
+
+def test_the_gradient_of_cores_is_shown_by_what_it_does_to_their_kernel():
+    net = layers.convert(
+        Net(), [dict(match="first", kernel="tucker:2x2", norm="none")], jax.random.key(0)
+    )
+    found = analysis.analyze(net, *batch())
+    layer = next(layer for layer in found.layers if layer.name == "first/conv")
+    images, labels = map(jnp.asarray, batch())
+
+    def loss(net):
+        net.train()
+        return cross_entropy(net(images), labels)
+
+    gradient = nnx.grad(loss)(nnx.clone(net))["first"]["conv"]["a"]["kernel"]
+    kernel, step = net.first.conv.a.kernel, 1e-3
+    moved = nnx.clone(kernel)
+    for name, _ in kernel.network.cores:
+        getattr(moved, name)[...] += step * gradient[name][...]
+    change = moved.value(), kernel.value()
+    change = [factorization.dense(value) for value in change]
+    expected = np.asarray((change[0] - change[1]) / step)[..., 0, :]
+    # A difference over a small step, in float32.
+    np.testing.assert_allclose(layer.gradient_maps["a"], expected, rtol=0.05, atol=2e-3)
+    assert np.any(np.abs(expected) > 0.02)
+    assert layer.weights["a"].counts.sum() == 3 * 3 * 4 * 4
