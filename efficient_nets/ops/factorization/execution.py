@@ -16,17 +16,13 @@ from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
-import opt_einsum
 from jax import Array
 
 from efficient_nets.ops import linear_maps
+from efficient_nets.ops.factorization import order
 from efficient_nets.ops.factorization.factored import Factored, dense
 from efficient_nets.ops.factorization.network import Cores, Network, contract, reconstruct
 
-# Operations that a machine makes while it moves a byte. XLA:CPU on two cores makes some 20, an H100
-# 300 in bfloat16; the choice is the same on all machines, so that a run is.
-INTENSITY = 40
-ITEM = 4  # bytes of a number
 MOST_PLACINGS = 2000  # of cores, beyond which those of the window stay alone
 
 
@@ -43,8 +39,8 @@ class Cost:
 
     @property
     def time(self) -> float:
-        """In multiply-accumulates; moving takes its time beside computing."""
-        return self.macs + self.moved * ITEM * INTENSITY / 2
+        """As `order.time` has it."""
+        return order.time(self.macs, self.moved)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,15 +159,14 @@ def _flow(network: Network, front, window, behind) -> _Flow:
     )
 
 
-def _contraction(network: Network, operands, out, more: dict[str, int], whole: int = 1) -> Cost:
-    """Of a contraction of these indices, the first operand's being of a batch of `whole`."""
+def _contraction(network: Network, operands, out, more: dict[str, int]) -> Cost:
+    """Of a contraction of these indices; `more` are sizes that the network has not."""
     if not operands:
         return Cost()
-    path, _ = _path(network, tuple(map(tuple, operands)), tuple(out), tuple(more.items()))
     left = [tuple(indices) for indices in operands]
     cost = Cost()
     sizes = dict(network.sizes) | more
-    for step in path:
+    for step in order.best(operands, out, sizes):
         taken = [left.pop(index) for index in sorted(step, reverse=True)]
         rest = {index for indices in left for index in indices} | set(out)
         joint = dict.fromkeys(index for indices in taken for index in indices)
@@ -181,20 +176,6 @@ def _contraction(network: Network, operands, out, more: dict[str, int], whole: i
         cost += Cost(macs, sum(numbers), numbers[-1] if left else 0)
         left.append(made)
     return cost
-
-
-@functools.lru_cache(maxsize=65536)
-def _path(network: Network, operands, out, more):
-    """The order in which operands contract, in pairs, and the sizes that it was found for."""
-    if len(operands) == 1:
-        return [(0,)], None
-    sizes = dict(network.sizes) | dict(more)
-    letters = {index: opt_einsum.get_symbol(i) for i, index in enumerate(sizes)}
-    inputs = ["".join(letters[index] for index in indices) for indices in operands]
-    shapes = [tuple(sizes[index] for index in indices) for indices in operands]
-    equation = f"{','.join(inputs)}->{''.join(letters[index] for index in out)}"
-    how = "optimal" if len(operands) <= 5 else "greedy"
-    return opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=how)
 
 
 BATCH = "positions"
@@ -268,7 +249,7 @@ def _contract(network: Network, y: Array, have, lead, names, cores: Cores, out):
     operands = (own, *(network.indices[name] for name in names))
     positions = y.shape[: len(lead)]
     batch = math.prod(positions)
-    path, _ = _path(network, operands, (BATCH, *out), ((BATCH, batch),))
+    path = order.best(operands, (BATCH, *out), dict(network.sizes) | {BATCH: batch})
     arrays = [y.reshape(batch, *y.shape[len(lead) :]), *(cores[name] for name in names)]
     made = contract(list(zip(arrays, operands, strict=True)), (BATCH, *out), optimize=path)
     return made.reshape(*positions, *made.shape[1:]), (*lead, *out)
@@ -277,14 +258,15 @@ def _contract(network: Network, y: Array, have, lead, names, cores: Cores, out):
 def _convolve(network: Network, flow: _Flow, window, linear_map, y, have, lead, cores):
     """The small convolution, and the indices that its output has."""
     kernel_size = linear_map.kernel_size
-    order = (lead[0], *flow.passing, *lead[1:], *flow.grouped, *flow.contracted)
-    y = contract([(y, have)], order) if order != have else y
+    needed = (lead[0], *flow.passing, *lead[1:], *flow.grouped, *flow.contracted)
+    y = contract([(y, have)], needed) if needed != have else y
     batch = y.shape[: 1 + len(flow.passing)]
     spatial = y.shape[len(batch) : len(batch) + len(kernel_size)]
     y = y.reshape(math.prod(batch), *spatial, -1)
     made = (*network.spatial, *flow.contracted, *flow.grouped, *flow.made)
     operands = [(cores[name], network.indices[name]) for name in window]
-    kernel = contract(operands, made)
+    path = order.best([of for _, of in operands], made, dict(network.sizes))
+    kernel = contract(operands, made, optimize=path)
     groups = network.size(*flow.grouped)
     kernel = kernel.reshape(
         *kernel_size, network.size(*flow.contracted), groups * network.size(*flow.made)

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 from jax import Array, lax
 
+from efficient_nets.ops.factorization import order
+
 Cores = Mapping[str, Array]
 
 
@@ -114,8 +116,9 @@ def contract(
 def tensor(network: Network, cores: Cores) -> Array:
     """What the cores make: `(modes)`, each with its size."""
     operands = [(cores[name], indices) for name, indices in network.cores]
+    path = order.best([of for _, of in operands], network.modes, dict(network.sizes))
     # Of parameters: as exact as the kernel that a dense layer holds.
-    return contract(operands, network.modes, precision=lax.Precision.HIGHEST)
+    return contract(operands, network.modes, optimize=path, precision=lax.Precision.HIGHEST)
 
 
 def reconstruct(network: Network, cores: Cores) -> Array:

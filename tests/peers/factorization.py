@@ -1,0 +1,185 @@
+"""The step of a factorized layer beside the dense one, ours and tensorly-torch's.
+
+    python -m tests.peers.factorization [--share=0.1] [--rounds=9] [--json=FILE] [CASE/FORM ...]
+    pip install torch tensorly tensorly-torch  # for the rows of these; left out where missing
+
+A step is the forward pass and the gradients of input and parameters, without bias, float32. Cases:
+`conv`, 3x3, 64 to 128 channels, 32 images of 16x16, and `dense`, 1024 to 1024, 128 rows. Forms are
+those that both have, with the same cores and so the same parameters: CP, Tucker of every mode and
+a tensor train over the axes of a convolution; CP, Tucker and a tensor train of pairs (BlockTT) over
+the modes 8x8x16 of inputs and features of a dense layer. Ranks are what tensorly-torch makes of the
+share of the dense kernel's parameters; where a bond is larger than what the cores on one side of it
+can span, ours has the smaller one, which can be the same kernels.
+
+All of a case and form run in one process, in turn, each after a step that is not counted. `ms` is
+the median over rounds, `ratio` the median of the time over the same framework's dense layer's in
+the same round. `kept_mib` is what our step's program needs beside its arguments and results, as the
+compiler planned it.
+"""
+
+import argparse
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from efficient_nets.layers import Conv, Dense, LayerSpec
+from tests.peers.precision import available_package, in_turn, versions
+
+MODES = (8, 8, 16)
+CASES = {"conv": ("cp", "tucker", "tt"), "dense": ("cp", "tucker", "tt")}
+RUNS = ("auto", "factorized", "reconstructed")
+THEIRS = ("factorized", "reconstructed")
+
+
+def images(case: str) -> np.ndarray:
+    shape = (32, 16, 16, 64) if case == "conv" else (128, 1024)
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+
+def ours(case: str, kernel: str):
+    """A layer whose call is one step, what it plans to keep, and its parameters."""
+    spec, rngs = LayerSpec(kernel=kernel), nnx.Rngs(0)
+    if case == "conv":
+        layer = Conv(64, 128, (3, 3), use_bias=False, spec=spec, rngs=rngs)
+    else:
+        layer = Dense(1024, 1024, use_bias=False, spec=spec, rngs=rngs)
+    graph, params, rest = nnx.split(layer, nnx.Param, ...)
+    x = jnp.asarray(images(case))
+
+    def step(params, x):
+        y, back = jax.vjp(lambda params, x: nnx.merge(graph, params, rest, copy=True)(x), params, x)
+        return back(jnp.ones_like(y))
+
+    compiled = jax.jit(step).lower(params, x).compile()
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    planned = compiled.memory_analysis().temp_size_in_bytes
+    return lambda: jax.block_until_ready(compiled(params, x)), planned, count
+
+
+def theirs(case: str, form: str, share: float, implementation: str):
+    """tensorly-torch's layer whose call is one step, its ranks as ours are given, parameters."""
+    import tltorch
+    import torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.manual_seed(0)
+    x = torch.tensor(images(case))
+    if case == "conv":
+        x = x.permute(0, 3, 1, 2).contiguous()
+        options = dict(kernel_size=3, order=2, padding=1, bias=False)
+        if implementation == "dense":
+            layer = torch.nn.Conv2d(64, 128, 3, padding=1, bias=False)
+        else:
+            layer = tltorch.FactorizedConv(
+                *(64, 128), **options, factorization=form, rank=share, implementation=implementation
+            )
+    elif implementation == "dense":
+        layer = torch.nn.Linear(1024, 1024, bias=False)
+    else:
+        layer = tltorch.FactorizedLinear(
+            in_tensorized_features=MODES,
+            out_tensorized_features=MODES,
+            bias=False,
+            factorization="blocktt" if form == "tt" else form,
+            rank=share,
+            implementation=implementation,
+        )
+    x.requires_grad_()
+
+    def step():
+        x.grad = None
+        layer.zero_grad()
+        y = layer(x)
+        y.backward(torch.ones_like(y))
+
+    kernel = "" if implementation == "dense" else _kernel(case, form, layer.weight)
+    return step, kernel, sum(p.numel() for p in layer.parameters())
+
+
+def _kernel(case: str, form: str, weight) -> str:
+    """Our short form of the same cores: their kernels are (features, in, window)."""
+    rank = weight.rank
+    modes = "x".join(map(str, MODES))
+    of_dense = f",layout=split,order={len(MODES)},in={modes},out={modes},always"
+    if form == "cp":
+        text = f"cp:{rank}"
+    elif form == "tucker":
+        sizes = tuple(rank)
+        if case == "conv":  # ours in the order of inputs, window, features
+            features, inputs, *window = sizes
+            sizes = (inputs, *window, features)
+        else:  # features first there
+            sizes = (*sizes[len(MODES) :], *sizes[: len(MODES)])
+        text = "tucker:" + "x".join(map(str, sizes))
+    else:
+        text = "tt:" + "x".join(map(str, tuple(rank)[1:-1]))
+        of_dense = f",in={modes},out={modes},always"
+    if case == "dense":
+        return text + of_dense
+    return text + {"cp": ",always", "tucker": ",layout=axes,always"}.get(
+        form, ",layout=axes,order=1,always"
+    )
+
+
+def table(case: str, form: str, share: float, rounds: int) -> list[dict]:
+    steps, notes, kernel = {}, {}, f"{form}:{share}"
+    if all(map(available_package, ("torch", "tltorch"))):
+        for name in ("dense", *THEIRS):
+            step, found, count = theirs(case, form, share, name)
+            steps[f"torch {name}"], notes[f"torch {name}"] = step, (count, None)
+            kernel = found or kernel
+    step, planned, count = ours(case, "dense")
+    steps["dense"], notes["dense"] = step, (count, planned)
+    for run in RUNS:
+        step, planned, count = ours(case, f"{kernel.removesuffix(',always')},run={run},always")
+        steps[run], notes[run] = step, (count, planned)
+    times = in_turn(steps, rounds, uncounted=1)
+    rows = []
+    for name, own in times.items():
+        base = times["torch dense" if name.startswith("torch") else "dense"]
+        count, planned = notes[name]
+        rows.append(
+            dict(
+                case=f"{case}/{form}",
+                row=name,
+                kernel="" if "dense" in name else kernel,
+                params=count,
+                ms=float(np.median(own)),
+                least_ms=float(np.min(own)),
+                ratio=float(np.median(own / base)),
+                kept_mib=None if planned is None else planned / 2**20,
+                all_ms=own.tolist(),
+            )
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--share", type=float, default=0.1)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json")
+    parser.add_argument("rows", nargs="*", metavar="CASE/FORM")
+    args = parser.parse_args()
+    found = []
+    for name in args.rows or [f"{case}/{form}" for case, forms in CASES.items() for form in forms]:
+        for row in table(*name.split("/"), args.share, args.rounds):
+            kept = "-" if row["kept_mib"] is None else f"{row['kept_mib']:.1f}"
+            print(
+                f"{row['case']:<14}{row['row']:<22}{row['params']:>9,}{row['ms']:>9.2f} ms"
+                f"{row['least_ms']:>9.2f}{row['ratio']:>8.2f}{kept:>8}  {row['kernel']}",
+                flush=True,
+            )
+            found.append(row)
+    if args.json:
+        everything = dict(versions=versions(), arguments=vars(args), rows=found)
+        with open(args.json, "w") as file:
+            json.dump(everything, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()
