@@ -220,16 +220,13 @@ def _for_steps(layer: Dense, positions: int) -> Dense:
     layer.watch = layer.prepare = None
     for found in (layer.ranges or {}).values():
         found.use_running_average = True
-    if not layer.branches[0].factored:
-        return layer
-    plans = [
-        factorization.plan(branch.kernel.network, branch.kernel.run, (positions, positions))
-        for branch in layer.branches
-    ]
-    whole = layer.spec.precision.kernel is not None or any(found.reconstructs for found in plans)
-    for branch in layer.branches:
-        if whole:
+    if layer.branches[0].factored and _reconstructs(layer, positions):
+        for branch in layer.branches:
             branch.kernel = nnx.Param(branch.dense())
-        else:
-            branch.kernel.run = "factorized"
     return layer
+
+
+def _reconstructs(layer: Dense, positions: int) -> bool:
+    kernels = [branch.kernel for branch in layer.branches]
+    plans = [factorization.plan(k.network, k.run, (positions, positions)) for k in kernels]
+    return layer.spec.precision.kernel is not None or any(found.reconstructs for found in plans)
