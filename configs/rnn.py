@@ -9,7 +9,8 @@
 3,306 parameters, 1.2 M MACs. The argument is a kernel of
 `efficient_nets/ops/factorization/spec.py` or 'dense', and options: cell (lstm, gru), sequence
 (rows, pixels), factorize (input, hidden, both), which of the two kernels of a step is not dense,
-and a data set.
+and a data set. 89.5% on MNIST after 2 epochs (`--config.train.epochs=2`), which took 4 minutes on
+two busy CPU cores; more was not run. The dense LSTM has 81,674 parameters and 2.2 M MACs.
 """
 
 from efficient_nets import config as configs

@@ -4,8 +4,6 @@ The map of the inputs runs for all steps at once, in front of the scan; that of 
 each. `convert` finds them as `input` and `hidden` behind the module's own path.
 """
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -13,7 +11,7 @@ from jax import Array, lax
 
 from efficient_nets.errors import UserError
 from efficient_nets.layers import precision as precisions
-from efficient_nets.layers.collect import collecting
+from efficient_nets.layers.collect import collecting_nothing
 from efficient_nets.layers.geometry import Initializer
 from efficient_nets.layers.linear import Dense, layer_norm_act, lecun_normal
 from efficient_nets.layers.spec import LayerSpec
@@ -127,13 +125,11 @@ class Recurrent(nnx.Module):
             state = self.step(z.astype(wide), u.astype(wide), *state)
             return state, state[0].astype(z.dtype)
 
-        with contextlib.ExitStack() as stack:
-            for kind in ("peaks", "losses", "norms"):  # tracers do not leave a scan by these lists
-                stack.enter_context(collecting(kind))
+        with collecting_nothing():
             last, y = lax.scan(step, state, (jnp.arange(time), jnp.swapaxes(z, 0, 1)))
         y = jnp.swapaxes(y, 0, 1)
-        # Once more, for all steps at once and for those who look on: observers, quantizers,
-        # lists of `collecting`. Where there are none, jit drops it.
+        # Once more, for all steps at once and for those who look on: observers, which count T
+        # positions, quantizers, lists of `collecting`. Where there are none, jit drops it.
         read = jnp.concatenate([state[0].astype(y.dtype)[:, None], y[:, :-1]], axis=1)
         layer_norm_act(read, self.hidden)
         return y, last

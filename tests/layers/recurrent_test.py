@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from efficient_nets import analysis, deploy, layers
 from efficient_nets.errors import UserError
@@ -359,6 +360,24 @@ def test_how_they_start():
             layer.w.kernel[...] = jnp.zeros_like(layer.w.kernel[...])
         _, (_, c) = lstm(single(X[:, :1]), (jnp.zeros((2, 8)), jnp.ones((2, 8))))
         np.testing.assert_allclose(c, jnp.full((2, 8), kept), rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_sharded_over_the_batch_is_unsharded():
+    graph, state = nnx.split(make(hidden="tt:2,order=2"))
+
+    @jax.jit
+    @jax.grad
+    def gradient(state, x):
+        return jnp.sum(nnx.merge(graph, state, copy=True)(x)[0] ** 2)
+
+    x = single(draws(8, 4, 6))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    cut = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+    everywhere = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+    pairs = zip(*map(jax.tree.leaves, (gradient(everywhere, cut), gradient(state, x))), strict=True)
+    for ours, expected in pairs:  # float32 rounding of sums of some hundred terms
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_two_of_a_make_are_traced_once():
