@@ -45,10 +45,11 @@ class LayerCost:
       packed_bytes: What they take in the file of `deploy.save`: each kernel as codes of `bits` bits
         with their table of values and scales, and all else that the net computes with.
       macs: Multiply-accumulates of the linear maps and multiplications of squares, forms and the
-        neuron's products, over all calls. Under Winograd's algorithm those over the channels, a^2 a
-        tile; the transforms are additions and are not counted. Of a factorized kernel those with
-        its cores; where it is made first, as run='auto' does if that is fewer, those with it, and
-        not those that make it. Of a TDense those of `ops.tproduct.multiplications`.
+        neuron's products, over all calls, and over all steps of a recurrent layer. Under Winograd's
+        algorithm those over the channels, a^2 a tile; the transforms are additions and are not
+        counted. Of a factorized kernel those with its cores; where it is made first, as run='auto'
+        does if that is fewer, those with it, and not those that make it. Of a TDense those of
+        `ops.tproduct.multiplications`.
       bops: Bit operations, over all calls: the product of both operands' bits for each of the MACs.
         A square has twice the input's bits; branches are multiplied with each other in float.
     """

@@ -18,12 +18,16 @@ from efficient_nets.layers.norm import (
 from efficient_nets.layers.observe import watched
 from efficient_nets.layers.precision import Codes, Range, advance, hold
 from efficient_nets.layers.recalibrate import batch_moments, recalibrate_norms
+from efficient_nets.layers.recurrent import CELLS, GRU, LSTM, Recurrent
 from efficient_nets.layers.rules import convert, layers, ranges, set_compute_dtype, t_layers
 from efficient_nets.layers.spec import LayerSpec
 from efficient_nets.layers.tproduct import TDense
 from efficient_nets.layers.winograd import transform_kernels
 
 __all__ = [
+    "CELLS",
+    "GRU",
+    "LSTM",
     "BatchNorm",
     "Codes",
     "Conv",
@@ -35,6 +39,7 @@ __all__ = [
     "LayerNorm",
     "LayerSpec",
     "Range",
+    "Recurrent",
     "TDense",
     "advance",
     "batch_moments",

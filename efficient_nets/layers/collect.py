@@ -35,6 +35,17 @@ def collecting(kind: str):
         _kinds[kind].reset(token)
 
 
+@contextlib.contextmanager
+def collecting_nothing():
+    """Inside, no layer adds anything: as in a scan, whose tracers its caller cannot take."""
+    tokens = [(found, found.set(None)) for found in _kinds.values()]
+    try:
+        yield
+    finally:
+        for found, token in tokens:
+            found.reset(token)
+
+
 def wanted(kind: str) -> bool:
     return _kinds[kind].get() is not None
 

@@ -147,6 +147,13 @@ def hold(ranges: Iterable[Range], before: Iterable[Range]) -> None:
         found.set(quantizers.held(found.quantizer, old.arrays(), found.arrays()))
 
 
+def draw_later(ranges: nnx.Dict | None, calls: Array | int) -> None:
+    """Noise is drawn as that many calls later."""
+    for found in (ranges or {}).values():
+        if "calls" in found.observed:
+            found.calls[...] = found.calls[...] + calls
+
+
 def losses(ranges: nnx.Dict | None, x: Array, branches: dict[str, Branch]) -> list[Array]:
     """The quantization losses of input and kernels, of those that have a weight."""
     found = []

@@ -23,6 +23,7 @@ from efficient_nets.models.pinet import PiNet, PiResNet
 from efficient_nets.models.quadranet import QuadraNet
 from efficient_nets.models.resnet import ResNet
 from efficient_nets.models.resnext import ResNeXt
+from efficient_nets.models.rnn import RNN
 from efficient_nets.models.squeezenet import SqueezeNet
 from efficient_nets.models.tnn import TNN, ConvTNN
 from efficient_nets.models.vgg import VGG
@@ -41,6 +42,7 @@ MODELS = {
     "quadranet": QuadraNet,
     "tnn": TNN,
     "conv_tnn": ConvTNN,
+    "rnn": RNN,
 }
 
 # Options of published variants, by architecture and their own name.

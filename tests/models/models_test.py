@@ -29,6 +29,7 @@ SMALL = {
     "quadranet": (dict(depths=(1, 1, 1, 1), width=1 / 24), (9, 13, 3), "depthwise"),
     "tnn": (dict(depth=1), (5, 4, 3), "head"),
     "conv_tnn": (dict(width=0.125), (9, 13, 1), "conv"),
+    "rnn": (dict(hidden=8), (5, 4, 3), "input"),
 }
 # Two groups of blocks have all that more of them have.
 SHORT_V2 = (1, ((1, 16, 1, 1), (6, 24, 2, 2)))
@@ -173,6 +174,7 @@ def test_names_of_layers_are_stable(monkeypatch):
         ],
         "tnn": ["head"],
         "conv_tnn": ["conv1", "conv2", "head"],
+        "rnn": ["cells/0/hidden", "cells/0/input", "head"],
     }
     for name, (options, image_shape, _) in SMALL.items():
         model = shapes(name, image_shape, **options)
@@ -253,7 +255,9 @@ def test_a_model_takes_images_of_other_sizes(name, options, sizes):
         assert logits.shape == (3, 10)
 
 
-@pytest.mark.parametrize("name", [*(n for n in SMALL if n not in ("pinet", "tnn")), "imagenet"])
+@pytest.mark.parametrize(
+    "name", [*(n for n in SMALL if n not in ("pinet", "tnn", "rnn")), "imagenet"]
+)
 def test_convolutions_pad_half_the_kernel_on_both_sides(name):
     options, image_shape, _ = SMALL.get(name, (IMAGENET, (64, 64, 3), ""))
     model = shapes("resnet" if name == "imagenet" else name, image_shape, **options)
