@@ -11,7 +11,7 @@ import pathlib
 import jax
 from flax import nnx
 
-from efficient_nets import experiment, layers, workdirs
+from efficient_nets import experiment, layers, pretraining, workdirs
 from efficient_nets.errors import UserError
 from efficient_nets.experiment import Experiment, TrainState
 
@@ -36,10 +36,15 @@ def converted_start(
     if first is None:
         _check_same_model(field, folder, source, run)
     graph, found = workdirs.trained_net(field, folder, source, run)
+    config = run.config
+    if first is not None:
+        # What the first run has of the rules' starts is trained since.
+        config = config.copy_and_resolve_references()
+        config.layers = tuple(map(pretraining.without_start, config.layers))
 
     def convert(found):
         model = nnx.merge(graph, found["params"], found["stats"])
-        model = experiment.convert(run.config, model, jax.random.key(run.config.seed))
+        model = experiment.convert(config, model, jax.random.key(config.seed))
         _check_same(field, model, nnx.merge(run.graph, *run.abstract[2:4]))
         _, params, stats = nnx.split(model, nnx.Param, ...)
         return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)

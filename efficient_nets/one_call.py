@@ -5,9 +5,12 @@ import pathlib
 import tempfile
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from efficient_nets import analysis, recipes
 from efficient_nets import train as training
 from efficient_nets.analysis.curves import Curves
+from efficient_nets.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +49,8 @@ def run(
     Args:
       dataset: Such as 'mnist', 'fashion_mnist', 'cifar10', 'cifar100', 'digits'.
       model: 'lenet' or 'vgg'.
-      decomposition: A kernel such as 'cp:0.1', 'tucker:evbmf' aside; None: all kernels are dense.
+      decomposition: A kernel such as 'cp:0.1' or 'tt:8', see `ops.factorization.spec`; no rank
+        that depends on a kernel, as 'evbmf'. None: all kernels are dense.
       iterations: Epochs.
       learning_rate: Of SGD with momentum, at its peak.
       dense_iterations: Epochs for which the dense net is trained first, whose kernels are
@@ -58,13 +62,20 @@ def run(
     Raises:
       UserError: on a value that cannot be, naming it.
     """
+    if dense_iterations and not decomposition:
+        raise UserError(f"dense_iterations={dense_iterations}: without a decomposition, give 0")
     config = recipes.factorized(decomposition or "dense", model, dataset, dense_iterations)
     config.train.epochs = float(iterations)
     config.optimizer.learning_rate = learning_rate
     if dense_iterations:
         config.pretrain.learning_rate = learning_rate
     config.schedule.warmup_epochs = min(config.schedule.warmup_epochs, 0.1 * iterations)
-    config.update_from_flattened_dict(changes or {})
+    for name, value in (changes or {}).items():
+        section, _, field = name.rpartition(".")
+        place = config.get(section) if section else config
+        if not isinstance(place, ConfigDict) or field not in place:
+            raise UserError(f"changes: the config has no field {name!r}")
+        place[field] = value
     folder = pathlib.Path(workdir or tempfile.mkdtemp(prefix=f"{model}-"))
     result = training.train(config, folder)
     return Run(result, analysis.read_metrics(folder / "metrics.jsonl"), folder)

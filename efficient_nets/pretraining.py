@@ -54,8 +54,13 @@ def float_config(config: ConfigDict) -> ConfigDict:
     return experiment.without_idle_rules(plain)
 
 
+def without_start(rule: Mapping) -> dict:
+    """The rule for a net that has been trained by it already, but for what it decomposes."""
+    return {k: v for k, v in rule.items() if k != "start" or _decomposes(rule)}
+
+
 def decomposes(config: ConfigDict) -> bool:
-    """Whether rules make kernels of those that are trained first, and not of the same shape."""
+    """Whether rules decompose kernels that are trained first."""
     return any(map(_decomposes, config.layers))
 
 
@@ -68,7 +73,7 @@ def is_done(workdir: pathlib.Path, config: ConfigDict) -> bool:
 
 def _check_differs(config: ConfigDict, rounding) -> None:
     pretrain = config.pretrain
-    if not pretrain.keep_precision and decomposes(config):
+    if decomposes(config):
         return
     if any(
         winograd.parse(rule.get("algorithm", winograd.DIRECT)) != winograd.DIRECT

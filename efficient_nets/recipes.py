@@ -159,7 +159,7 @@ def factorized(
     names.pick("model", model, FACTORIZED)
     parsed = factorization.parse(kernel)
     if (dense or kept) and parsed == factorization.DENSE:
-        raise UserError(f"dense={dense} with kernel='dense': there is nothing to decompose")
+        raise UserError(f"dense={dense}, kept={kept}: kernel='dense' decomposes nothing; give 0")
     config = configs.defaults()
     config.model = configs.model(model, **FACTORIZED[model])
     config.data.name = dataset

@@ -30,7 +30,12 @@ def test_errors():
         efficient_nets.run("digits", "resnet")
     with pytest.raises(UserError, match="kernel='tensor' is not known: allowed bt, cp"):
         efficient_nets.run("digits", "lenet", "tensor:1")
-    with pytest.raises(UserError, match="there is nothing to decompose"):
+    with pytest.raises(UserError, match="dense=2, kept=False: kernel='dense' decomposes nothing"):
         recipes.factorized("dense", dense=2)
+    with pytest.raises(UserError, match="dense_iterations=1: without a decomposition, give 0"):
+        efficient_nets.run("digits", dense_iterations=1)
+    for name in ("train.batch", "batch_size", "model.x.y"):
+        with pytest.raises(UserError, match=f"changes: the config has no field '{name}'"):
+            efficient_nets.run("digits", changes={name: 1})
     with pytest.raises(AttributeError, match="no attribute 'runs'"):
         efficient_nets.runs  # noqa: B018

@@ -1,6 +1,7 @@
 """The kernels of a layer's branches: arrays, or the cores of factorized ones."""
 
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from efficient_nets.errors import UserError
 from efficient_nets.layers.geometry import Geometry, Initializer
 from efficient_nets.layers.spec import LayerSpec
 from efficient_nets.ops import factorization
-from efficient_nets.ops.factorization import Factored, Network
+from efficient_nets.ops.factorization import Factored, Factorization, Network
 
 
 class Kernel(nnx.Module):
@@ -32,39 +33,37 @@ class Kernel(nnx.Module):
         return Factored(self.network, self.run, cores)
 
 
-def networks(
-    geometry: Geometry, spec: LayerSpec, kept: dict[str, Array]
-) -> dict[str, Network] | None:
-    """The network of each branch's kernel; None where they are to be dense.
+def resolved(geometry: Geometry, spec: LayerSpec, kept: Mapping[str, Array]) -> Factorization | str:
+    """What the kernels of a layer are: the spec's factorization, its ranks known, or 'dense'.
 
-    That is so if the spec says so, or the cores would have as many parameters as the kernels.
+    The latter where the cores would have as many parameters as the kernels.
 
     Args:
       kept: The kernels that are decomposed, for ranks that depend on them.
 
     Raises:
-      UserError: if such a rank is asked for where kernels have no numbers.
+      UserError: if such a rank is asked for where kernels have no numbers, or groups do not go
+        with the spec.
     """
-    if spec.kernel == factorization.DENSE:
-        return None
-    found = dict.fromkeys(spec.branches, spec.kernel.network(geometry.kernel_shape))
-    if spec.kernel.of_kernel:
-        for name, network in found.items():
-            if name not in kept or isinstance(kept[name], jax.core.Tracer):
-                raise UserError(
-                    f"kernel='{spec.kernel}': its rank depends on the numbers of a kernel, which "
-                    "are not known under jit, nor from a config: give a number or a share, or find "
-                    "it by --mode=decompose"
-                )
-            rank = (spec.kernel.rank, spec.kernel.energy)
-            found[name] = factorization.of_kernel(network, kept[name], *rank)
-    if not spec.kernel.always and _gains_nothing(found.values()):
-        return None
-    return found
-
-
-def _gains_nothing(found) -> bool:
-    return sum(n.params for n in found) >= sum(n.dense_params for n in found)
+    found = spec.kernel
+    if found == factorization.DENSE:
+        return found
+    if geometry.groups > 1 and found.run == "factorized":
+        raise UserError(
+            f"kernel='{found}' with groups={geometry.groups}: a convolution with groups takes the "
+            "whole kernel; leave out run=factorized"
+        )
+    if found.of_kernel:
+        if not kept or any(isinstance(kernel, jax.core.Tracer) for kernel in kept.values()):
+            raise UserError(
+                f"kernel='{found}': its rank depends on the numbers of a kernel, which are not "
+                "known under jit, nor from a config, nor of a new layer: give a number or a "
+                "share, or find it by --mode=decompose"
+            )
+        found = factorization.with_ranks(found, list(kept.values()))
+    network = found.network(geometry.kernel_shape)
+    gains = network.params < network.dense_params
+    return found if gains or found.always else factorization.DENSE
 
 
 def fresh(

@@ -56,15 +56,19 @@ class Layer(nnx.Module):
         self, rngs: nnx.Rngs, before: Mapping[str, neurons.Branch] | None = None
     ) -> None:
         kept = {name: branch.dense() for name, branch in (before or {}).items()}
-        networks = kernels.networks(self.geometry, self.spec, kept)
-        if networks is None:
-            self.spec = dataclasses.replace(self.spec, kernel=factorization.DENSE)
-        made = neurons.make(self.geometry, self.spec, rngs, networks, before)
+        kernel = kernels.resolved(self.geometry, self.spec, kept)
+        self.spec = dataclasses.replace(self.spec, kernel=kernel)
+        network = self._network(kernel)
+        made = neurons.make(self.geometry, self.spec, rngs, network, before)
         for name, branch in made.branches.items():
             setattr(self, name, branch)
         self.bias = nnx.data(made.bias)  # or a None now could not become a parameter later
         self._make_transforms()
         self._make_ranges(rngs)
+
+    def _network(self, kernel: factorization.Factorization | str) -> factorization.Network | None:
+        """Of a resolved kernel; None of a dense one."""
+        return None if kernel == factorization.DENSE else kernel.network(self.geometry.kernel_shape)
 
     def _make_transforms(self) -> None:
         """Those that the algorithm learns; they stay if there are any."""
@@ -93,16 +97,23 @@ class Layer(nnx.Module):
         """Gives this layer another spec; its parameters stay where they can.
 
         They are made anew, by `spec.start`, if the new spec stores other ones or names a start.
+        Where kernels are kept, ranges of input, output and gradient with the same quantizer are.
 
         Raises:
           UserError: on a 'relinear' start of a layer that is not linear, or transformed kernels.
         """
         if self.kernel_site != "kernel":
             raise UserError("its kernels are transformed, for use: they have no other form again")
-        before, self.spec = self.spec, spec
+        before = self.spec
+        if spec.start == "own":  # whose ranks are numbers
+            spec = dataclasses.replace(spec, kernel=kernels.resolved(self.geometry, spec, {}))
+        self.spec = spec
         if spec.algorithm != before.algorithm:
             self.transforms = nnx.data(None)
-        if spec.storage == before.storage and spec.start == "own":
+        if spec.start == "own" and self._stores(before, spec):
+            for branch in self.branches:
+                if branch.factored:
+                    branch.kernel.run = spec.kernel.run
             if spec.algorithm != before.algorithm:
                 self._make_transforms()
             if (spec.precision, spec.algorithm) != (before.precision, before.algorithm):
@@ -115,12 +126,26 @@ class Layer(nnx.Module):
                 f"start='kept': the layer has neuron={before.neuron!r}, norm={before.norm!r}, not "
                 f"neuron={spec.neuron!r}, norm={spec.norm!r}"
             )
-        bias, old = self.bias, {name: getattr(self, name) for name in before.branches}
+        bias, ranges = self.bias, self.ranges
+        old = {name: getattr(self, name) for name in before.branches}
         for name in before.branches:
             delattr(self, name)
         self._make_branches(rngs, old if spec.start in ("relinear", "kept") else None)
         if spec.start == "kept":
             self.bias = bias
+            self._keep_ranges(ranges or {})
+
+    def _stores(self, before: LayerSpec, after: LayerSpec) -> bool:
+        """Whether both have the same parameters in the branches."""
+        networks = [self._network(spec.kernel) for spec in (before, after)]
+        same = (before.neuron, before.norm) == (after.neuron, after.norm)
+        return same and networks[0] == networks[1]
+
+    def _keep_ranges(self, before: Mapping[str, precisions.Range]) -> None:
+        for site in ("input", "output", "gradient"):
+            own = (self.ranges or {}).get(site)
+            if own is not None and site in before and before[site].quantizer == own.quantizer:
+                self.ranges[site] = before[site]
 
     def remove(self, rngs: nnx.Rngs) -> None:
         """Makes this layer the least that its place allows.

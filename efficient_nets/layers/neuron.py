@@ -98,7 +98,7 @@ def make(
     geometry: Geometry,
     spec: LayerSpec,
     rngs: nnx.Rngs,
-    networks: Mapping[str, Network] | None = None,
+    network: Network | None = None,
     before: Mapping[str, Branch] | None = None,
 ) -> Neuron:
     """Fresh branches by `spec.start`; from those that there were `before` if it says so.
@@ -106,7 +106,7 @@ def make(
     Args:
       geometry, spec: Of the layer.
       rngs: Of fresh values.
-      networks: Those of factorized kernels, a branch each.
+      network: That of factorized kernels.
       before: The branches whose values a 'relinear' start, a single one, or 'kept' carries on.
 
     Raises:
@@ -120,8 +120,8 @@ def make(
         reads = parts.read_by(name)
         made[name] = Branch(
             kernel_shape(geometry, reads),
-            network=None if networks is None else networks[name],
-            run="" if networks is None else spec.kernel.run,
+            network=network,
+            run="" if network is None else spec.kernel.run,
             use_bias=use_bias and parts.bias == "branch",
             norm=spec.norm == "branch",
             kernel_init=_kernel_init(geometry, spec, index, reads),

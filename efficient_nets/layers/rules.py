@@ -66,9 +66,10 @@ def norm_name(layer: str) -> str:
 def convert(model: nnx.Module, rules: Sequence[Mapping], key: jax.Array) -> nnx.Module:
     """A copy of the model in which each layer has the spec of the first rule that matches its path.
 
-    A layer that changes gets fresh parameters, but with `start='relinear'`: that carries those of a
-    linear layer on, and the neuron starts as that layer. New norms are in training mode, so call
-    `model.eval()` afterwards where that is wanted.
+    A layer whose neuron, norm or kernel changes gets fresh parameters, but with `start='relinear'`,
+    that carries those of a linear layer on, so that the neuron starts as that layer, and with
+    `start='kept'`, that makes the kernels from those that there are. New norms are in training
+    mode, so call `model.eval()` afterwards where that is wanted.
 
     Args:
       model: Any Flax NNX module that holds `Dense` and `Conv` layers.

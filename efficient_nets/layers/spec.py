@@ -28,8 +28,8 @@ STARTS = {
     "variance:relu": "the same through a layer followed by ReLU",
     "relinear": "as the linear layer it is converted from, or as one with fresh weights: the other "
     "terms are exactly 0 (ReLinear)",
-    "kept": "with the kernels that the layer has: decomposed where the new ones are factorized, "
-    "reconstructed where they are not",
+    "kept": "with the kernels, biases and norms that the layer has: kernels are decomposed where "
+    "the new ones are factorized, reconstructed where they are not",
 }
 AXES = {
     "norm": NORMS,
@@ -114,7 +114,7 @@ class LayerSpec:
                 f"kernel='{self.kernel}' with neuron={self.neuron!r}: its branches are forms of a "
                 "window, not linear maps; give a rank, as in 't1:4', or kernel='dense'"
             )
-        if self.kernel.of_kernel and self.start not in ("kept", "relinear"):
+        if self.kernel.of_kernel and self.start != "kept":
             raise UserError(
                 f"kernel='{self.kernel}' takes its rank from the kernel that it decomposes: give "
                 "start='kept', or a rank"

@@ -117,6 +117,7 @@ def _shape(layer: layers.Layer, input_shape) -> str:
         f"strides {text(geometry.strides)}, padding {padding}"
         + (f", groups {geometry.groups}" if geometry.groups > 1 else "")
         + (f", dilation {text(geometry.dilation)}" if max(geometry.dilation) > 1 else "")
+        + (f", kernel {spec.kernel}" if spec.kernel != "dense" else "")
         + (f", {spec.neuron}" if spec.neuron != "linear" else "")
         + (f", norm {spec.norm}" if spec.norm != "none" else "")
     )

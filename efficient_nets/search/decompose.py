@@ -66,7 +66,7 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     ) as bar:
         for path, spec in specs.items():
             kernels = {name: b.dense() for name, b in _branches(model, path).items()}
-            explicit = with_ranks(spec.kernel, kernels)
+            explicit = factorization.with_ranks(spec.kernel, list(kernels.values()))
             fields[path] = {"kernel": str(explicit)}
             network = explicit.network(next(iter(kernels.values())).shape)
             if not explicit.always and network.params >= network.dense_params:
@@ -127,22 +127,6 @@ def _decomposed_layers(config: ConfigDict, model: nnx.Module) -> Iterator[tuple[
 def _branches(model: nnx.Module, path: str):
     layer = dict(layers.layers(model))[path]
     return {name: getattr(layer, name) for name in layer.spec.branches}
-
-
-def with_ranks(form: Factorization, kernels: dict[str, jax.Array]) -> Factorization:
-    """The same with its ranks as numbers: the largest that one of the kernels asks for."""
-    shape = next(iter(kernels.values())).shape
-    network = form.network(shape)
-    if form.of_kernel:
-        networks = [
-            factorization.of_kernel(network, kernel, form.rank, form.energy)
-            for kernel in kernels.values()
-        ]
-    else:
-        networks = [network]
-    bonds = [bond for bond in network.bonds if bond != "n"]
-    sizes = tuple(max(other.size(bond) for other in networks) for bond in bonds)
-    return dataclasses.replace(form, rank=sizes, energy=0.0)
 
 
 def _error(form: Factorization, kernels: dict[str, jax.Array], bar) -> float:

@@ -126,6 +126,34 @@ def test_layers_that_gain_nothing_stay_dense():
     np.testing.assert_array_equal(made.conv1.w.kernel.shape, net.conv1.w.kernel.shape)
 
 
+def test_layers_keep_their_parameters_under_the_same_kernel_again():
+    """Also those that stayed dense, and under another way of running."""
+    rule = dict(match="conv|hidden", kernel="tt:6")
+    net = convert(lenet(), [rule], jax.random.key(0))
+    for fields in (dict(precision="lsq:w4a4"), dict(kernel="tt:6,run=reconstructed")):
+        again = convert(net, [rule | fields], jax.random.key(1))
+        for path in ("conv1", "conv2", "hidden"):
+            here, there = (getattr(of, path).w.dense() for of in (net, again))
+            np.testing.assert_array_equal(here, there)
+    assert again.conv2.w.kernel.run == "reconstructed"
+    other = convert(net, [rule | dict(kernel="tt:5")], jax.random.key(1))
+    assert np.any(other.conv2.w.dense() != net.conv2.w.dense())
+
+
+def test_kept_layers_keep_their_ranges_and_ranks():
+    rule = dict(match="conv2", precision="lsq:w4a4")
+    net = convert(lenet(), [rule], jax.random.key(0))
+    net.conv2.ranges["input"].step[...] = 7.0
+    kept = [dict(match="conv2", kernel="tucker:energy=0.5", start="kept")]
+    made = convert(net, kept, jax.random.key(1))
+    assert made.conv2.ranges["input"].step[...] == 7.0
+    assert made.conv2.ranges["w"].step[...] != net.conv2.ranges["w"].step[...]
+    ranks = made.conv2.w.kernel.network
+    again = convert(made, [dict(match="conv2", precision="minmax:w8a8")], jax.random.key(2))
+    assert again.conv2.w.kernel.network == ranks
+    np.testing.assert_array_equal(again.conv2.w.dense(), made.conv2.w.dense())
+
+
 def test_ranks_of_the_kernel():
     net = lenet()
     noise = net.hidden.w.kernel[...]
@@ -200,7 +228,10 @@ def test_errors(fields, match):
 
 
 def test_groups_are_computed_with_the_whole_kernel():
-    spec = LayerSpec(kernel="tt:2,run=factorized,order=2")
+    with pytest.raises(UserError, match="with groups=2: a convolution with groups takes the whole"):
+        spec = LayerSpec(kernel="tt:2,run=factorized,order=2")
+        Conv(8, 12, (3, 3), groups=2, spec=spec, rngs=nnx.Rngs(0))
+    spec = LayerSpec(kernel="tt:2,order=2")
     layer = Conv(8, 12, (3, 3), groups=2, spec=spec, rngs=nnx.Rngs(0))
     plain = Conv(8, 12, (3, 3), groups=2, rngs=nnx.Rngs(0))
     plain.w.kernel[...] = layer.w.dense()

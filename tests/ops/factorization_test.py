@@ -286,8 +286,28 @@ def test_a_matrix_is_cut_where_its_singular_values_are(form):
     text = f"{form}:3,layout=split,order=1"
     found, _ = error(form, network_of(text, DENSE), kernel)
     best = math.sqrt(np.sum(values[3:] ** 2) / np.sum(values**2))
-    # ALS of 60 sweeps ends near, the others at it.
+    # ALS ends near, the others at it.
     np.testing.assert_allclose(found, best, rtol=1e-2 if form == "cp" else 1e-5)
+
+
+@pytest.mark.parametrize("text", ["cp:24", "tr:4,order=1", "bt:3,layout=split,order=1"])
+def test_kernels_whose_modes_fade_are_found(text):
+    """As those of trained nets do: normal equations that are nearly singular."""
+    kernel = np.random.default_rng(0).normal(size=(3, 3, 16, 16))
+    for axis, size in enumerate(kernel.shape):
+        fading = np.geomspace(1, 1e-3, size)
+        kernel = kernel * fading.reshape([-1 if i == axis else 1 for i in range(4)])
+    found, _ = error(
+        text.partition(":")[0], network_of(text, kernel.shape), jnp.asarray(kernel, jnp.float32)
+    )
+    assert found < 0.3
+
+
+def test_large_rings_are_split_alone():
+    net = network_of("tr:30,order=1", (3, 3, 32, 32))
+    kernel = jax.random.normal(jax.random.key(0), net.kernel_shape)
+    found, cores = error("tr", net, kernel)
+    assert found < 1 and all(np.all(np.isfinite(core)) for core in cores.values())
 
 
 def test_repeating_improves_on_splitting():

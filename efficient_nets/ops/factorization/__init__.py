@@ -10,7 +10,7 @@ from efficient_nets.ops.factorization.decomposition import decompose, relative_e
 from efficient_nets.ops.factorization.execution import factorized_map, plan
 from efficient_nets.ops.factorization.factored import Factored, dense
 from efficient_nets.ops.factorization.network import Cores, Network, core_scale, reconstruct
-from efficient_nets.ops.factorization.selection import of_kernel
+from efficient_nets.ops.factorization.selection import of_kernel, with_ranks
 from efficient_nets.ops.factorization.spec import DENSE, Factorization, parse
 
 __all__ = [
@@ -28,4 +28,5 @@ __all__ = [
     "plan",
     "reconstruct",
     "relative_error",
+    "with_ranks",
 ]

@@ -15,9 +15,11 @@ from efficient_nets.ops.factorization.network import Cores, Network, contract, t
 
 HIGHEST = lax.Precision.HIGHEST
 SWEEPS = {"cp": 100, "tr": 20, "tucker": 8, "bt": 4}  # of the methods that repeat
-MOST_UNKNOWNS = 600  # of the normal equations with which block terms end
+MOST_UNKNOWNS = 600  # of the normal equations with which rings and block terms end
 NOISE = 0.01  # of what a ring has beyond TR-SVD
-RIDGE = 1e-7  # of normal equations in float32, as a share of their mean eigenvalue
+# Of normal equations, as a share of their trace: rounding makes errors of a few epsilon of it,
+# beyond which eigenvalues can be negative.
+RIDGE = 4
 
 
 def decompose(form: str, network: Network, kernel: Array) -> dict[str, Array]:
@@ -149,8 +151,7 @@ def _block_terms(network: Network, x: Array) -> dict[str, Array]:
         return {name: core.at[block].set(found[name]) for name, core in cores.items()}
 
     found = lax.fori_loop(0, SWEEPS["bt"] * blocks, each, empty)
-    bonds = [[i for i in of if i not in network.modes] for _, of in network.cores]
-    if max(network.size(*of) for of in bonds) > MOST_UNKNOWNS:
+    if not _solvable(network):
         return found
     return _least_squares(network, x, found, lambda cores: cores, SWEEPS["tr"])
 
@@ -176,7 +177,8 @@ def _ring(network: Network, x: Array) -> dict[str, Array]:
     """TR-SVD (Zhao et al., arXiv 1606.05535), and least squares from there.
 
     The bonds of the first core share what rank its unfolding has; what the others, or larger bonds,
-    have beyond that starts small at random, and is put to use by the least squares.
+    have beyond that starts small at random, and is put to use by the least squares: but for bonds
+    so large that their normal equations are.
     """
     (_, (first, *own, second)), *_ = network.cores
     able = min(network.size(*own), network.size(*network.modes) // network.size(*own))
@@ -191,7 +193,14 @@ def _ring(network: Network, x: Array) -> dict[str, Array]:
         size = jnp.sqrt(jnp.mean(jnp.square(start[name])))
         noise = NOISE * size * noise / jnp.std(noise) if shape != limited.shapes[name] else 0
         start[name] = jnp.pad(start[name], grown) + noise
+    if not _solvable(network):
+        return _balanced(start)
     return _least_squares(network, x, start, _balanced, SWEEPS["tr"])
+
+
+def _solvable(network: Network) -> bool:
+    bonds = [[i for i in of if i not in network.modes] for _, of in network.cores]
+    return max(network.size(*of) for of in bonds) <= MOST_UNKNOWNS
 
 
 def _random(network: Network, dtype) -> dict[str, Array]:
@@ -201,7 +210,7 @@ def _random(network: Network, dtype) -> dict[str, Array]:
 
 
 def _least_squares(network: Network, x: Array, start: Cores, balanced, sweeps: int):
-    """Each core in turn is the best beside the others (ALS); the best of start and end.
+    """Each core in turn is the best beside the others (ALS), as long as that brings it nearer.
 
     With E the contraction of the others, the core solves `core (E'E) = x E'`, over its bonds. Both
     sides are contracted core by core: E itself, as large as x times the bonds, never exists.
@@ -219,21 +228,25 @@ def _least_squares(network: Network, x: Array, start: Cores, balanced, sweeps: i
         normal = contract([*others, *twice], (*bonds, *primed(bonds)), precision=HIGHEST)
         size = network.size(*bonds)
         normal = normal.reshape(size, size)
-        ridge = jnp.maximum(RIDGE * jnp.trace(normal) / size, jnp.finfo(x.dtype).tiny)
+        float_type = jnp.finfo(x.dtype)
+        ridge = jnp.maximum(RIDGE * float_type.eps * jnp.trace(normal), float_type.tiny)
         normal += ridge * jnp.eye(size, dtype=x.dtype)
         solved = jax.scipy.linalg.solve(normal, seen.reshape(-1, size).T, assume_a="pos").T
         shape = tuple(map(network.size, (*own, *bonds)))
         return contract([(solved.reshape(shape), (*own, *bonds))], indices)
 
-    def sweep(_, cores):
+    def sweep(_, found):
+        best, least = found
+        cores = best
         for name, indices in network.cores:
             cores = cores | {name: solve(name, indices, cores)}
-        return balanced(cores)
+        cores = balanced(cores)
+        distance = _distance(network, cores, x)
+        better = distance < least  # not so if a solution failed
+        return jax.tree.map(functools.partial(jnp.where, better), (cores, distance), found)
 
     start = balanced(start)
-    end = lax.fori_loop(0, sweeps, sweep, start)
-    better = _distance(network, end, x) < _distance(network, start, x)
-    return jax.tree.map(functools.partial(jnp.where, better), end, start)
+    return lax.fori_loop(0, sweeps, sweep, (start, _distance(network, start, x)))[0]
 
 
 def _slices(network: Network, x: Array) -> dict[str, Array] | None:

@@ -240,7 +240,7 @@ def run(network: Network, found: Plan, linear_map, x: Array, cores: Cores) -> Ar
         y, have = _contract(network, y, have, lead, behind, cores, network.outputs)
     if have != (out := (*lead, *network.outputs)):
         y = contract([(y, have)], out)
-    return y.reshape(*y.shape[: len(lead)], -1)[..., :features]
+    return y.reshape(*y.shape[: len(lead)], network.size(*network.outputs))[..., :features]
 
 
 def _contract(network: Network, y: Array, have, lead, names, cores: Cores, out):
@@ -262,7 +262,8 @@ def _convolve(network: Network, flow: _Flow, window, linear_map, y, have, lead, 
     y = contract([(y, have)], needed) if needed != have else y
     batch = y.shape[: 1 + len(flow.passing)]
     spatial = y.shape[len(batch) : len(batch) + len(kernel_size)]
-    y = y.reshape(math.prod(batch), *spatial, -1)
+    channels = network.size(*flow.grouped, *flow.contracted)
+    y = y.reshape(math.prod(batch), *spatial, channels)
     made = (*network.spatial, *flow.contracted, *flow.grouped, *flow.made)
     operands = [(cores[name], network.indices[name]) for name in window]
     path = order.best([of for _, of in operands], made, dict(network.sizes))

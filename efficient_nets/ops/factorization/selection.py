@@ -3,22 +3,38 @@
 Both look at singular values of the kernel's unfoldings, so they need numbers, not shapes.
 """
 
+import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from efficient_nets.ops.factorization import ranks
 from efficient_nets.ops.factorization.network import Network
+from efficient_nets.ops.factorization.spec import Factorization
 
 
-def of_kernel(network: Network, kernel: np.ndarray, rank: str, energy: float) -> Network:
+def with_ranks(form: Factorization, kernels: Sequence[Array]) -> Factorization:
+    """The same with its ranks as numbers: the largest that one of these kernels asks for."""
+    network = form.network(kernels[0].shape)
+    networks = [network]
+    if form.of_kernel:
+        networks = [of_kernel(network, kernel, form.rank, form.energy) for kernel in kernels]
+    bonds = ranks.free_bonds(network)
+    sizes = tuple(max(other.size(bond) for other in networks) for bond in bonds)
+    return dataclasses.replace(form, rank=sizes, energy=0.0)
+
+
+def of_kernel(network: Network, kernel: Array, rank: str, energy: float) -> Network:
     """The network with each bond as large as the kernel asks for, at least 1.
 
     A bond of a chain or tree parts the modes in two: its rank is that of the unfolding between.
-    That of CP is the largest of its leaves' (it is no less), that of a ring's first core is shared
-    by its two bonds, and one of its others has what the first leaves to it.
+    Blocks share it. That of CP is the largest of its leaves', and no tensor has less; that of a
+    ring's first core is shared by its two bonds, and one of its others has what the first leaves to
+    it. So CP, rings and blocks keep less than the energy that is asked for.
 
     Args:
       network: Any sizes of bonds.
@@ -37,7 +53,8 @@ def of_kernel(network: Network, kernel: np.ndarray, rank: str, energy: float) ->
             return max(evbmf_rank(matrix), 1)
         return kept_rank(matrix, (1 - energy) / parts)
 
-    sizes = {bond: found(own) for bond, own in splits.items() if own}
+    blocks = network.size("n") if "n" in network.bonds else 1
+    sizes = {bond: -(-found(own) // blocks) for bond, own in splits.items() if own}
     rest = [bond for bond, own in splits.items() if not own]
     modes = [tuple(i for i in of if i in network.modes) for _, of in network.cores]
     if rest == ["r"]:

@@ -6,7 +6,7 @@ Short forms are 'dense', or a form, its rank and options, with commas between:
     tr:4x6x4             bonds one by one, in the order of the cores
     tucker:0.1           a tenth of the dense kernel's parameters; 'same' is 1.0
     cp:evbmf             what variational Bayes finds in the kernel that is decomposed
-    tt:energy=0.9        what keeps nine tenths of its squares
+    tt:energy=0.9        what keeps nine tenths of its squares; of cp, tr, bt at most that
     tt:8,order=2         modes of inputs and of features; in=7x8x14,out=8x4x4 gives them
     tt:8,layout=axes     which modes share a core, see `forms.LAYOUTS`
     bt:0.1,blocks=4      blocks of a block-term form
@@ -29,12 +29,12 @@ from efficient_nets.ops.factorization.network import Network
 DENSE = "dense"
 RUNS = {
     "auto": "whichever takes fewer operations and bytes",
-    "factorized": "the input goes from core to core",
+    "factorized": "the input goes from core to core; for no convolution with groups",
     "reconstructed": "the cores make the kernel, which is used as a dense one",
 }
 OF_KERNEL = {
     "evbmf": "empirical variational Bayes on unfoldings of the kernel",
-    "energy": "the share `energy` of the kernel's squares",
+    "energy": "the share `energy` of the kernel's squares, of cp, tr and bt at most that",
 }
 
 
