@@ -153,11 +153,17 @@ def direct(shape, strides=1, padding="SAME"):
     return found, jnp.sin(jnp.arange(math.prod(size))).reshape(size)
 
 
-@pytest.mark.parametrize("placed", [1, pytest.param(8, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("shape", [CONV, DENSE], ids=["conv", "dense"])
-@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
+def mapped():
+    """Each text for a convolution, each form for a dense layer too; placings but for the best."""
+    padded = "tt:2,order=2,in=3x3,out=7x2"
+    cases = [(text, CONV, 1) for text in TEXTS.values()]
+    cases += [(TEXTS[form], DENSE, 1) for form in forms.FORMS] + [(padded, DENSE, 1)]
+    slow = [pytest.param(text, CONV, 8, marks=pytest.mark.slow) for text in TEXTS.values()]
+    return cases + slow
+
+
+@pytest.mark.parametrize(("text", "shape", "placed"), mapped())
 def test_any_placing_of_cores_is_the_dense_map(text, shape, placed, x64):
-    text = "tt:2,order=2,in=3x3,out=7x2" if "7x2" in text else text
     net = network_of(text, shape)
     linear_map, x = direct(shape)
     cores = cores_of(net)
@@ -218,9 +224,10 @@ def test_the_plan_is_that_of_the_papers():
 # Scale
 
 
-@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
-def test_core_scale_gives_the_variance(text):
+@pytest.mark.parametrize("form", forms.FORMS)
+def test_core_scale_gives_the_variance(form):
     """In the mean over draws: 4000 of them, each a heavy-tailed product, leave a few percent."""
+    text = TEXTS[form]
     net = network_of(text)
 
     def mean_square(key):
@@ -243,7 +250,6 @@ def error(form, net, kernel):
     return float(factorization.relative_error(net, cores, kernel)), cores
 
 
-@pytest.mark.parametrize("shape", [CONV, DENSE], ids=["conv", "dense"])
 @pytest.mark.parametrize(
     "text",
     [
@@ -252,11 +258,11 @@ def error(form, net, kernel):
         "tucker:100,layout=axes,order=2",
     ],
 )
-def test_full_rank_is_exact(text, shape):
-    kernel = jax.random.normal(jax.random.key(0), shape)
+def test_full_rank_is_exact(text):
+    kernel = jax.random.normal(jax.random.key(0), CONV)
     form = text.partition(":")[0]
     # Float32: some ten products of orthogonal matrices.
-    assert error(form, network_of(text, shape), kernel)[0] < 1e-5
+    assert error(form, network_of(text), kernel)[0] < 1e-5
 
 
 def test_a_ring_of_a_trains_ranks_is_exact():
