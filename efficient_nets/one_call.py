@@ -44,7 +44,8 @@ def run(
         run = efficient_nets.run("mnist", "lenet", "tucker:0.1", iterations=2)
         steps, accuracies = run.curves["accuracy"]["validation"]
 
-    The recipe is `recipes.factorized`, that of `configs/factorized.py`.
+    The recipe is `recipes.factorized`, that of `configs/factorized.py`, with a warm-up of half an
+    epoch, or a tenth of the run if that is less.
 
     Args:
       dataset: Such as 'mnist', 'fashion_mnist', 'cifar10', 'cifar100', 'digits'.

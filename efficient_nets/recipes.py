@@ -172,13 +172,12 @@ def factorized(
     if model == "vgg":
         config.data.crop, config.data.flip = 4, True
         config.train.epochs = 200.0
-    rule = dict(match="^(?!head$)", kernel=kernel)
-    if dense or kept:
-        rule["start"] = "kept"
+    if parsed != factorization.DENSE:
+        start = {"start": "kept"} if dense or kept else {}
+        config.layers = (dict(match="^(?!head$)", kernel=kernel, **start),)
     if dense:
         config.pretrain.epochs = float(dense)
         config.pretrain.learning_rate = config.optimizer.learning_rate
-    config.layers = (rule,)
     return config
 
 

@@ -56,6 +56,12 @@ def _complete_lines(path: pathlib.Path) -> list[str]:
     return [line for line in lines if line.startswith("{") and line.endswith("}")]
 
 
+def progress(total: int, **options) -> tqdm:
+    """A progress bar of process 0, with few lines where nobody looks on; options are tqdm's."""
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    return tqdm(total=total, mininterval=interval, disable=jax.process_index() > 0, **options)
+
+
 class Reporter:
     """Writes scalars of process 0 to metrics.jsonl, TensorBoard and the console.
 
@@ -80,15 +86,7 @@ class Reporter:
             self._board = SummaryWriter(  # with a queue long enough that nothing waits for it
                 str(self._workdir / "tensorboard"), purge_step=first_step + 1, max_queue=1000
             )
-        quiet = not sys.stderr.isatty()
-        self.bar = tqdm(
-            initial=first_step,
-            total=total_steps,
-            unit="step",
-            mininterval=10.0 if quiet else 0.2,
-            dynamic_ncols=True,
-            disable=not self.active,
-        )
+        self.bar = progress(total_steps, unit="step", initial=first_step, dynamic_ncols=True)
 
     def advance(self, steps: int, images_per_second: float, loss: float) -> None:
         rate = f"{images_per_second:,.0f} images/s, " if images_per_second else ""

@@ -152,10 +152,12 @@ def test_a_tiled_net_starts_from_the_direct_one(keeps, tmp_path, caplog):
 
 
 def test_a_factorized_net_starts_from_the_cores_of_the_dense_one(tmp_path):
-    layers = (dict(match="conv2", kernel="tucker:0.4", start="kept"), dict(match="hidden"))
+    # What else has a start has it in the first run, and is not drawn anew.
+    other = dict(match="hidden", neuron="ours", start="variance")
+    layers = (dict(match="conv2", kernel="tucker:0.4", start="kept"), other)
     small = configs.model("lenet", width=0.25)
     config = tiny(model=small, layers=layers, train__epochs=0.2, pretrain__epochs=0.2)
-    assert pretraining.float_config(config).layers == (dict(match="conv2"), dict(match="hidden"))
+    assert pretraining.float_config(config).layers == (dict(match="conv2"), other)
     training.train(config, tmp_path)
     run = experiment.build(config, data.load(config.data))
     state = conversion.converted_start(run, run.initial_state(), tmp_path / "float")

@@ -29,7 +29,7 @@ STARTS = {
     "relinear": "as the linear layer it is converted from, or as one with fresh weights: the other "
     "terms are exactly 0 (ReLinear)",
     "kept": "with the kernels, biases and norms that the layer has: kernels are decomposed where "
-    "the new ones are factorized, reconstructed where they are not",
+    "the new ones are factorized, reconstructed where they are not; a new layer has its own",
 }
 AXES = {
     "norm": NORMS,

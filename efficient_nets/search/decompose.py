@@ -8,7 +8,6 @@ ranks go into a config that trains the net from there.
 import dataclasses
 import functools
 import pathlib
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,9 +15,8 @@ import jax
 import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
-from efficient_nets import analysis, conversion, data, experiment, layers, workdirs
+from efficient_nets import analysis, conversion, data, experiment, layers, reporting, workdirs
 from efficient_nets import config as configs
 from efficient_nets.errors import UserError
 from efficient_nets.evaluation import evaluate_all, evaluators
@@ -57,13 +55,8 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     specs = dict(_decomposed_layers(config, model))
     report = {"checkpoint": folder, "dataset": dataset.info.name, "layers": {}, "dense": []}
     found, fields = {}, {}
-    with tqdm(
-        total=len(specs) * (1 + len(SHARES)),
-        desc="decomposing",
-        unit="kernel",
-        mininterval=0.2 if sys.stderr.isatty() else 10.0,
-        disable=jax.process_index() > 0,
-    ) as bar:
+    total = len(specs) * (1 + len(SHARES))
+    with reporting.progress(total, desc="decomposing", unit="kernel") as bar:
         for path, spec in specs.items():
             kernels = {name: b.dense() for name, b in _branches(model, path).items()}
             explicit = factorization.with_ranks(spec.kernel, list(kernels.values()))

@@ -12,16 +12,14 @@ the same cost.
 """
 
 import re
-import sys
 import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
-from efficient_nets import paths, sharding
+from efficient_nets import paths, reporting, sharding
 from efficient_nets.analysis import LayerCost
 from efficient_nets.evaluation import Evaluator
 from efficient_nets.experiment import TrainState
@@ -68,13 +66,7 @@ def score(
     whole = _accuracy(evaluator, state)
     masks = 1 if fraction == 1 else masks
     found = []
-    with tqdm(
-        total=len(candidates) * masks,
-        desc="scoring layers",
-        unit="mask",
-        mininterval=0.2 if sys.stderr.isatty() else 10.0,
-        disable=jax.process_index() > 0,
-    ) as bar:
+    with reporting.progress(len(candidates) * masks, desc="scoring layers", unit="mask") as bar:
         for layer in candidates:
             drops = []
             for number in range(masks):

@@ -13,7 +13,6 @@ import dataclasses
 import pathlib
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +21,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from efficient_nets import analysis, data, experiment, layers, reporting, workdirs
 from efficient_nets import config as configs
@@ -59,13 +57,7 @@ def measure(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     found = dict(layers.layers(model))
     inputs = {c.name: c.input_shape for c in analysis.layer_costs(model, info.image_shape)}
     seconds: dict[str, dict[str, float]] = {shape: {} for shape in reversed(first)}
-    with tqdm(
-        total=len(seconds) * len(every),
-        desc="measuring",
-        unit="candidate",
-        mininterval=0.2 if sys.stderr.isatty() else 10.0,
-        disable=jax.process_index() > 0,
-    ) as bar:
+    with reporting.progress(len(seconds) * len(every), desc="measuring", unit="candidate") as bar:
         for shape, own in seconds.items():
             path = first[shape]
             for name, candidate in every.items():

@@ -6,16 +6,23 @@ the end all of them.
 """
 
 import dataclasses
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
-from efficient_nets import analysis, calibration, conversion, data, experiment, layers, paths
+from efficient_nets import (
+    analysis,
+    calibration,
+    conversion,
+    data,
+    experiment,
+    layers,
+    paths,
+    reporting,
+)
 from efficient_nets.errors import UserError
 from efficient_nets.evaluation import Evaluator
 from efficient_nets.layers import rules
@@ -69,13 +76,8 @@ def measure(
     """
     found: dict[str, Any] = {"float": None, "all": {}, "layers": {name: {} for name in names}}
     rounding = [choice for choice in choices if choice != FLOAT]
-    with tqdm(
-        total=len(rounding) * (len(names) + 2),
-        desc="switching layers",
-        unit="net",
-        mininterval=0.2 if sys.stderr.isatty() else 10.0,
-        disable=jax.process_index() > 0,
-    ) as bar:
+    total = len(rounding) * (len(names) + 2)
+    with reporting.progress(total, desc="switching layers", unit="net") as bar:
 
         def scores(net, on: Sequence[str]) -> dict[str, float]:
             bar.update()

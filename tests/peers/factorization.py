@@ -18,7 +18,6 @@ compiler planned it.
 """
 
 import argparse
-import json
 import os
 
 import jax
@@ -27,7 +26,7 @@ import numpy as np
 from flax import nnx
 
 from efficient_nets.layers import Conv, Dense, LayerSpec
-from tests.peers.precision import available_package, in_turn, versions
+from tests.peers.precision import available_package, in_turn, save
 
 MODES = (8, 8, 16)
 CASES = {"conv": ("cp", "tucker", "tt"), "dense": ("cp", "tucker", "tt")}
@@ -175,10 +174,7 @@ def main() -> None:
                 flush=True,
             )
             found.append(row)
-    if args.json:
-        everything = dict(versions=versions(), arguments=vars(args), rows=found)
-        with open(args.json, "w") as file:
-            json.dump(everything, file, indent=2)
+    save(args, found)
 
 
 if __name__ == "__main__":

@@ -354,6 +354,13 @@ def versions() -> dict[str, str]:
     return found
 
 
+def save(args: argparse.Namespace, rows: list[dict]) -> None:
+    """Writes `--json`, if it was asked for."""
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(dict(versions=versions(), arguments=vars(args), rows=rows), file, indent=2)
+
+
 def _shown(name: str, value) -> str:
     text = f"{value:,.4g}" if isinstance(value, float) else "-" if value is None else f"{value}"
     return f"{text:<20}" if name in ("row", "precision") else f"{text:>14}"
@@ -382,10 +389,7 @@ def main() -> None:
             print("  ".join(_shown("row" if i == 0 else "", x) for i, x in enumerate(shown)))
         print("  ".join(_shown(*item) for item in shown.items()), flush=True)
         found.append(row)
-    if args.json:
-        everything = dict(versions=versions(), arguments=vars(args), rows=found)
-        with open(args.json, "w") as file:
-            json.dump(everything, file, indent=2)
+    save(args, found)
 
 
 if __name__ == "__main__":

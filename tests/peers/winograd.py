@@ -42,7 +42,7 @@ from efficient_nets.layers import Conv, LayerSpec
 from efficient_nets.ops import linear_maps, winograd
 from efficient_nets.ops.winograd import points, transforms
 from tests.peers.neurons import Run
-from tests.peers.precision import available_package, in_turn, random_images, versions
+from tests.peers.precision import available_package, in_turn, random_images, save
 
 BATCH, WIDTH = 16, 0.25
 STEPS = ["direct,bits=0", "direct", "flex", "static", "tap", "flex,bits=0"]
@@ -278,9 +278,7 @@ def main() -> None:
             print("".join([f"{'row':<24}", *(f"{name:>12}" for name in list(shown)[1:])]))
         print("".join(map(_shown, shown.values())), flush=True)
         found.append(row)
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(dict(versions=versions(), arguments=vars(args), rows=found), file, indent=2)
+    save(args, found)
 
 
 if __name__ == "__main__":
