@@ -3,6 +3,8 @@
     python -m efficient_nets.main --config=configs/factorized.py:tt:0.1 --workdir=runs/tt
     python -m efficient_nets.main --config=configs/factorized.py:cp:0.1,dense=2 --workdir=runs/cp
     python -m efficient_nets.main --config=configs/factorized.py:tt:0.2,model=vgg,dataset=cifar10
+    python -m efficient_nets.main --config=configs/factorized.py:tucker:energy=0.5,kept=1 \
+        --config.checkpoint.convert_from=runs/dense --mode=decompose
 
 45,706 parameters, 10.0 M MACs. The argument is a kernel of
 `efficient_nets/ops/factorization/spec.py`, here with a tenth of the dense one's parameters, and

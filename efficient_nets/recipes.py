@@ -47,7 +47,7 @@ def arguments(text: str, **defaults) -> dict:
     found = {}
     for index, part in enumerate(text.split(",")):
         key, equals, value = part.partition("=")
-        if not equals and index == 0:
+        if index == 0 and (not equals or ":" in key):  # a value such as 'tt:energy=0.9', no key
             key, equals, value = next(iter(defaults)), "=", part
         if not equals:
             raise UserError(f"the config's argument {text!r}: {part!r} is no key=value")

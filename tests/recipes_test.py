@@ -183,6 +183,8 @@ def test_a_config_s_argument_is_read_by_its_defaults():
     assert recipes.arguments("flex", **defaults) == defaults
     assert recipes.arguments("tap,width=1", **defaults) == dict(method="tap", tile=4, width=1.0)
     assert recipes.arguments("tile=6,method=x", **defaults) == dict(defaults, tile=6, method="x")
+    found = recipes.arguments("tt:energy=0.9,tile=6", **defaults)
+    assert found == dict(defaults, method="tt:energy=0.9", tile=6)
 
 
 @pytest.mark.parametrize(

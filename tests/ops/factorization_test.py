@@ -186,6 +186,29 @@ def test_any_placing_of_cores_is_the_dense_map(text, shape, placed, x64):
         close(execution.run(net, found, linear_map, x, cores), expected)
 
 
+@pytest.mark.parametrize("text", ["bt:2,layout=split,order=1", "tr:3,order=1"])
+def test_a_window_with_groups_and_sums(text, x64):
+    """A bond in all three parts is a group, beside bonds that the window sums over and makes."""
+    net = network_of(text)
+    linear_map, x = direct(CONV)
+    cores = cores_of(net)
+    placings = [
+        placing
+        for placing in execution._placings(net)
+        if (flow := execution._flow(net, *placing)).grouped
+        and flow.contracted
+        or flow.passing
+        and flow.contracted
+        and flow.made
+    ]
+    assert placings
+    expected = linear_map(x, [factorization.reconstruct(net, cores)])
+    for placing in placings:
+        found = execution._placed(net, placing, (60, 60))
+        y = execution.run(net, found, linear_map, x, cores)
+        np.testing.assert_allclose(y, expected, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize(
     ("shape", "strides", "padding"),
     [(CONV, 2, ((1, 1), (0, 2))), ((3, 4, 6), 1, "VALID"), ((2, 3, 2, 4, 6), 2, "SAME")],
@@ -296,9 +319,9 @@ def test_a_matrix_is_cut_where_its_singular_values_are(form):
     np.testing.assert_allclose(found, best, rtol=1e-2 if form == "cp" else 1e-5)
 
 
-@pytest.mark.parametrize("text", ["cp:24", "tr:4,order=1", "bt:3,layout=split,order=1"])
+@pytest.mark.parametrize("text", ["cp:24", "cp:80", "tr:4,order=1", "bt:3,layout=split,order=1"])
 def test_kernels_whose_modes_fade_are_found(text):
-    """As those of trained nets do: normal equations that are nearly singular."""
+    """As those of trained nets do: normal equations nearly singular, of 'cp:80' in float32 so."""
     kernel = np.random.default_rng(0).normal(size=(3, 3, 16, 16))
     for axis, size in enumerate(kernel.shape):
         fading = np.geomspace(1, 1e-3, size)
