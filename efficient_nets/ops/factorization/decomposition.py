@@ -16,6 +16,7 @@ from efficient_nets.ops.factorization.network import Cores, Network, contract, t
 HIGHEST = lax.Precision.HIGHEST
 SWEEPS = {"cp": 100, "tr": 20, "tucker": 8, "bt": 4}  # of the methods that repeat
 MOST_UNKNOWNS = 600  # of the normal equations with which rings and block terms end
+POWERS = 20  # iterations for an eigenvalue, which need not be exact
 NOISE = 0.01  # of what a ring has beyond TR-SVD
 # Of normal equations, as a share of their trace: rounding makes errors of a few epsilon of it,
 # beyond which eigenvalues can be negative.
@@ -29,6 +30,9 @@ def decompose(form: str, network: Network, kernel: Array) -> dict[str, Array]:
     with HOOI, TR with alternating least squares, which is all of CP; of block terms each is in turn
     the Tucker form of what the others leave.
 
+    The scales of the cores, of which the product alone is given, are those with which all learn
+    alike: see `_paced`.
+
     Args:
       form: A key of `forms.FORMS`.
       network: Of this form.
@@ -36,8 +40,44 @@ def decompose(form: str, network: Network, kernel: Array) -> dict[str, Array]:
     """
     x = network.padded_kernel(kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32)))
     methods = {"cp": _cp, "tucker": _tucker, "tr": _ring, "bt": _block_terms}
-    found = methods.get(form, split)(network, x)
+    found = _paced(network, methods.get(form, split)(network, x))
     return {name: core.astype(kernel.dtype) for name, core in found.items()}
+
+
+def _paced(network: Network, cores: Cores) -> dict[str, Array]:
+    """The same product, with scales under which a step moves it equally far through each core.
+
+    A step of gradient descent along core c moves the kernel by up to `lambda_c` times what it would
+    move a dense one: the largest eigenvalue of E'E, E being the contraction of the others. Factors
+    s_c whose product is 1 make it `lambda_c / s_c^2`, and the sum of these is least where all are
+    the same. Equal sizes of numbers instead leave a small core between large ones with a rate that
+    diverges.
+    """
+    curvatures = {name: _curvature(network, cores, name) for name in cores}
+    positive = functools.reduce(jnp.logical_and, [value > 0 for value in curvatures.values()])
+    logs = {name: jnp.log(jnp.where(positive, value, 1.0)) for name, value in curvatures.items()}
+    mean = sum(logs.values()) / len(logs)
+    return {name: core * jnp.exp((logs[name] - mean) / 2) for name, core in cores.items()}
+
+
+def _curvature(network: Network, cores: Cores, name: str) -> Array:
+    """Largest eigenvalue of E'E of this core, by power iteration."""
+
+    def made(core):
+        return tensor(network, {**cores, name: core})
+
+    _, back = jax.vjp(made, cores[name])
+
+    def step(_, found):
+        vector, _ = found
+        moved = back(made(vector))[0]  # made is linear in the core
+        size = jnp.linalg.norm(moved.ravel())
+        return moved / jnp.maximum(size, jnp.finfo(moved.dtype).tiny), size
+
+    start = jax.random.normal(jax.random.key(0), cores[name].shape, cores[name].dtype)
+    start = start / jnp.linalg.norm(start.ravel())
+    zero = jnp.zeros((), start.dtype)
+    return lax.fori_loop(0, POWERS, step, (start, zero))[1]
 
 
 def relative_error(network: Network, cores: Cores, kernel: Array) -> Array:
