@@ -1,5 +1,6 @@
 """Fused maps: the interleaving and its inverse, and one fused convolution against one a branch."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -45,6 +46,14 @@ def test_group_g_holds_every_branch_of_group_g():
         pytest.param((4, 4), (3, 3, 4, 6), {"padding": ((1, 0), (2, 1))}, id="padding"),
         pytest.param((4, 4), (3, 3, 2, 6), {"groups": 2}, id="groups"),
         pytest.param((4, 4), (3, 3, 1, 8), {"groups": 4}, id="depthwise, multiplier 2"),
+        pytest.param(
+            (7, 6),
+            (3, 2, 1, 4),
+            {"groups": 4, "strides": (2, 3), "dilation": (1, 2), "padding": ((1, 0), (2, 1))},
+            id="depthwise, all options",
+        ),
+        pytest.param((2, 1, 3), (3, 1, 2, 1, 4), {"groups": 4}, id="depthwise 3-D"),
+        pytest.param((2,), (3, 1, 4), {"groups": 4, "padding": "VALID"}, id="depthwise, no window"),
     ],
 )
 def test_a_fused_convolution_is_one_convolution_a_branch(size, kernel, options, x64):
@@ -52,19 +61,48 @@ def test_a_fused_convolution_is_one_convolution_a_branch(size, kernel, options, 
     defaults = {"strides": (1,) * rank, "padding": "SAME", "dilation": (1,) * rank, "groups": 1}
     conv = linear_maps.ConvMap(**(defaults | options))
     (x,), kernels = _arrays(1, (2, *size, 4)), _arrays(3, kernel, seed=1)
-    fused = linear_maps.split(conv(x, kernels), 3, conv.groups)
-    for z, kernel in zip(fused, kernels, strict=True):
+
+    def together(x, *kernels):
+        return tuple(linear_maps.split(conv(x, kernels), 3, conv.groups))
+
+    def alone(x, *kernels):
         # Channels first, so that the layout is not taken from the code under test.
-        alone = lax.conv_general_dilated(
-            jnp.moveaxis(x, -1, 1),
-            jnp.moveaxis(kernel, (-1, -2), (0, 1)),
-            conv.strides,
-            conv.padding,
-            rhs_dilation=conv.dilation,
-            feature_group_count=conv.groups,
+        images = jnp.moveaxis(x, -1, 1)
+        parts = (
+            lax.conv_general_dilated(
+                images,
+                jnp.moveaxis(kernel, (-1, -2), (0, 1)),
+                conv.strides,
+                conv.padding,
+                rhs_dilation=conv.dilation,
+                feature_group_count=conv.groups,
+            )
+            for kernel in kernels
         )
-        # float64 sums of at most 36 terms of size 1
-        np.testing.assert_allclose(z, jnp.moveaxis(alone, 1, -1), rtol=0, atol=1e-13)
+        return tuple(jnp.moveaxis(part, 1, -1) for part in parts)
+
+    (z, back), (expected, expected_back) = (jax.vjp(f, x, *kernels) for f in (together, alone))
+    cotangent = tuple(_arrays(3, expected[0].shape, seed=2))
+    for found, right in zip(
+        (*z, *back(cotangent)), (*expected, *expected_back(cotangent)), strict=True
+    ):
+        # float64 sums of at most 2 * 20 * 3 terms of size 1
+        np.testing.assert_allclose(found, right, rtol=0, atol=1e-12)
+
+
+def test_a_depthwise_convolution_has_forward_mode_and_keeps_little():
+    """Tap by tap it keeps x and the kernel, not what each tap reads."""
+    conv = linear_maps.ConvMap((1, 1), "SAME", (1, 1), groups=8)
+    x, kernel = jnp.ones((4, 16, 16, 8)), jnp.ones((5, 5, 1, 8))
+    _, tangent = jax.jvp(lambda x: conv(x, [kernel]), (x,), (x,))
+    np.testing.assert_allclose(tangent, conv(x, [kernel]), rtol=1e-6)  # sums of 25 ones
+
+    def step(x, kernel):
+        z, back = jax.vjp(lambda x, kernel: conv(x, [kernel]), x, kernel)
+        return back(z)
+
+    planned = jax.jit(step).lower(x, kernel).compile().memory_analysis().temp_size_in_bytes
+    assert planned < 8 * x.nbytes
 
 
 @pytest.mark.parametrize("lead", [(5,), (2, 3), (2, 3, 4)])
