@@ -14,20 +14,21 @@ import jax.numpy as jnp
 from clu import parameter_overview
 from flax import nnx
 
-from efficient_nets.layers import Codes, Layer, TDense, layers, watched
+from efficient_nets.layers import Codes, Embedding, Layer, TDense, layers, watched
 from efficient_nets.layers.winograd import is_transformable, transform_layer
 from efficient_nets.ops import factorization, forms, packing, quantizers, tproduct
+from efficient_nets.ops.factorization import Network
 from efficient_nets.ops.quantizers import Arrays, Quantizer
 from efficient_nets.ops.winograd import WinogradMap
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerCost:
-    """One Dense, Conv or TDense of a net, on one image.
+    """One Dense, Conv, Embedding or TDense of a net, on one image.
 
     Attributes:
       name: Path in the net, such as `stage1/0/conv2`.
-      kind: 'Conv', 'Dense' or 'TDense'.
+      kind: 'Conv', 'Dense', 'Embedding' or 'TDense'.
       kernels: Shapes of the branches' kernels; of factorized ones those that their cores make.
       input_shape: `(*spatial, C)` of its first call, without the batch axis; of a TDense with its
         tubes in front.
@@ -49,7 +50,8 @@ class LayerCost:
         algorithm those over the channels, a^2 a tile; the transforms are additions and are not
         counted. Of a factorized kernel those with its cores; where it is made first, as run='auto'
         does if that is fewer, those with it, and not those that make it. Of a TDense those of
-        `ops.tproduct.multiplications`.
+        `ops.tproduct.multiplications`. Of an Embedding those that contract the cores of
+        its rows, none where run='reconstructed' makes the table, and the map of each `attend`.
       bops: Bit operations, over all calls: the product of both operands' bits for each of the MACs.
         A square has twice the input's bits; branches are multiplied with each other in float.
     """
@@ -93,6 +95,9 @@ def layer_costs(model: nnx.Module, image_shape: Sequence[int]) -> list[LayerCost
             cost = _tensor_cost(path, layer, *(z.shape[:1] + z.shape[2:] for z in (x, y)))
         else:
             cost = _layer_cost(path, layer, x.shape[1:], y.shape[1:])
+            if isinstance(layer, Embedding):
+                macs = _embedding_multiplications(layer, x)
+                cost = dataclasses.replace(cost, macs=macs, bops=macs * cost.bits**2)
         if path in found:
             macs, bops = found[path].macs + cost.macs, found[path].bops + cost.bops
             cost = dataclasses.replace(found[path], macs=macs, bops=bops)
@@ -151,7 +156,10 @@ def _layer_cost(path: str, layer: Layer, input_shape, output_shape) -> LayerCost
     each = linear_map.multiplications(output_shape[:-1]) if transformed else 0
     factorized = 0
     if layer.branches[0].factored and not transformed and "kernel" not in rounded:
-        factorized = _core_multiplications(layer, math.prod(input_shape[:-1]), positions)
+        kernel = layer.branches[0].kernel
+        run = "reconstructed" if geometry.groups > 1 else kernel.run
+        before = math.prod(input_shape[:-1])
+        factorized = _core_multiplications(kernel.network, run, before, positions)
     products = [
         (
             each * math.prod(geometry.kernel_shape[-2:])
@@ -195,18 +203,30 @@ def _kernel_shape(layer: Layer, branch) -> tuple[int, ...]:
     return layer.geometry.kernel_shape if branch.factored else branch.kernel.shape
 
 
-def _core_multiplications(layer: Layer, before: int, after: int) -> int:
-    """Of a branch whose input goes from core to core; 0 where its kernel is made first.
+def _core_multiplications(network: Network, run: str, before: int, after: int) -> int:
+    """Of a map whose input goes from core to core; 0 where its kernel is made first.
 
     'auto' goes the way of fewer for large batches, for which making the kernel counts little.
     """
-    kernel = layer.branches[0].kernel
-    grouped = layer.geometry.groups > 1
-    if grouped or kernel.run == "reconstructed":
+    if run == "reconstructed":
         return 0
-    found = factorization.plan(kernel.network, "factorized", (before, after)).cost.macs
-    dense = after * kernel.network.dense_params
-    return 0 if kernel.run == "auto" and dense < found else found
+    found = factorization.plan(network, "factorized", (before, after)).cost.macs
+    dense = after * network.dense_params
+    return 0 if run == "auto" and dense < found else found
+
+
+def _embedding_multiplications(layer: Embedding, x) -> int:
+    """Of a call with ids `(N, ...)`, or of `attend` with floating `(N, ..., features)`."""
+    kernel = layer.w.kernel
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        if not layer.w.factored or kernel.run == "reconstructed":
+            return 0
+        return factorization.lookup_cost(kernel.network, "factorized", x.size).macs
+    positions, macs = math.prod(x.shape[:-1]), 0
+    if layer.w.factored:
+        network = kernel.network.transposed
+        macs = _core_multiplications(network, kernel.run, positions, positions)
+    return macs or positions * math.prod(layer.geometry.kernel_shape)
 
 
 def _tensor_cost(path: str, layer: TDense, input_shape, output_shape) -> LayerCost:

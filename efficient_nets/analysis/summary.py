@@ -34,8 +34,7 @@ def layer_table(model: nnx.Module, image_shape: Sequence[int]) -> str:
     `ours+branch` where its branches are normed; `bits` is that of weights and, behind a slash, of
     inputs if another, `o8` that of rounded outputs, `g6` of gradients; `size` is in the file for
     use, `share` of the net's; MACs and, where anything is rounded, bit operations (BOPs) are for
-    one image. Arrays outside of Dense, Conv and TDense, such as the norms between them, share one
-    line.
+    one image. Arrays outside of these layers, such as the norms between them, share one line.
 
     Args:
       model: See `cost.layer_costs`.

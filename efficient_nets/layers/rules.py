@@ -1,4 +1,4 @@
-"""`convert(model, rules)`: gives every Dense and Conv of a plain model its axes, by path.
+"""`convert(model, rules)`: gives every layer of a plain model its axes, by path.
 
 A rule with `remove=True` takes its layers out: see `Layer.remove`.
 """
@@ -25,7 +25,7 @@ FIELDS = ("match", REMOVE, *(field.name for field in dataclasses.fields(LayerSpe
 
 
 def layers(model: nnx.Module) -> Iterator[tuple[str, Layer]]:
-    """Every Dense and Conv with its path, such as `stage1/0/conv2`, sorted by path.
+    """Every Dense, Conv and Embedding with its path, such as `stage1/0/conv2`, sorted by path.
 
     Those that a rule removed are left out; the channel adapters that replace some are not.
     """

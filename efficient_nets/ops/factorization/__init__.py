@@ -9,6 +9,7 @@ kernel = factorization.reconstruct(network, cores)
 from efficient_nets.ops.factorization.decomposition import decompose, relative_error
 from efficient_nets.ops.factorization.execution import factorized_map, plan
 from efficient_nets.ops.factorization.factored import Factored, dense
+from efficient_nets.ops.factorization.lookup import lookup, lookup_cost
 from efficient_nets.ops.factorization.network import Cores, Network, core_scale, reconstruct
 from efficient_nets.ops.factorization.selection import of_kernel, with_ranks
 from efficient_nets.ops.factorization.spec import DENSE, Factorization, parse
@@ -23,6 +24,8 @@ __all__ = [
     "decompose",
     "dense",
     "factorized_map",
+    "lookup",
+    "lookup_cost",
     "of_kernel",
     "parse",
     "plan",

@@ -83,7 +83,7 @@ def reconstructed_cost(network: Network, positions: tuple[int, int]) -> Cost:
     """Of making the kernel, and of the dense map."""
     size = network.dense_params
     inputs, features = network.kernel_shape[-2:]
-    made = _contraction(network, [of for _, of in network.cores], network.modes, {})
+    made = contraction(network, [of for _, of in network.cores], network.modes, {})
     moved = positions[0] * inputs + positions[1] * features + size
     return made + Cost(positions[1] * size, moved, 0)
 
@@ -159,7 +159,7 @@ def _flow(network: Network, front, window, behind) -> _Flow:
     )
 
 
-def _contraction(network: Network, operands, out, more: dict[str, int]) -> Cost:
+def contraction(network: Network, operands, out, more: dict[str, int]) -> Cost:
     """Of a contraction of these indices; `more` are sizes that the network has not."""
     if not operands:
         return Cost()
@@ -188,15 +188,15 @@ def _placed(network: Network, placing, positions: tuple[int, int]) -> Plan:
     outputs = network.outputs
     if not network.spatial:
         operands = [(BATCH, *network.inputs), *(of[name] for name in front)]
-        cost = _contraction(network, operands, (BATCH, *outputs), {BATCH: before})
+        cost = contraction(network, operands, (BATCH, *outputs), {BATCH: before})
         return Plan(front, window, behind, cost)
     operands = [(BATCH, *network.inputs), *(of[name] for name in front)]
     cost = Cost()
     if front:
-        cost += _contraction(network, operands, (BATCH, *flow.came), {BATCH: before})
+        cost += contraction(network, operands, (BATCH, *flow.came), {BATCH: before})
         cost += Cost(kept=before * network.size(*flow.came))
     kernel = (*network.spatial, *flow.grouped, *flow.contracted, *flow.made)
-    cost += _contraction(network, [of[name] for name in window], kernel, {})
+    cost += contraction(network, [of[name] for name in window], kernel, {})
     size = network.size(*flow.passing)
     made = (BATCH, *flow.passing, *flow.grouped, *flow.made)
     cost += Cost(
@@ -206,7 +206,7 @@ def _placed(network: Network, placing, positions: tuple[int, int]) -> Plan:
     if behind:
         cost += Cost(kept=after * network.size(*made[1:]))
         operands = [made, *(of[name] for name in behind)]
-        cost += _contraction(network, operands, (BATCH, *outputs), {BATCH: after})
+        cost += contraction(network, operands, (BATCH, *outputs), {BATCH: after})
     return Plan(front, window, behind, cost)
 
 

@@ -79,6 +79,14 @@ class Network:
         """The same with other sizes of these indices."""
         return dataclasses.replace(self, sizes=tuple({**self._sizes, **sizes}.items()))
 
+    @property
+    def transposed(self) -> "Network":
+        """Of the kernel `(features, in)`, of the same cores."""
+        inputs, features = self.kernel_shape
+        return dataclasses.replace(
+            self, inputs=self.outputs, outputs=self.inputs, kernel_shape=(features, inputs)
+        )
+
     def padded_kernel(self, kernel: Array) -> Array:
         """The kernel as a tensor `(modes)`, with zeros where the modes make up more."""
         lead = math.prod(self.kernel_shape[:-2])
