@@ -291,8 +291,10 @@ def _kernel_gradients(layer, gradient) -> dict[str, Array]:
     """By branch; of a factorized kernel what a small step along its cores' gradient adds to it."""
     found = {}
     for name in layer.spec.branches:
-        own, change = (getattr(of, name).value() for of in (layer, gradient))
-        if isinstance(own, factorization.Factored):
-            _, change = jax.jvp(factorization.dense, (own,), (change,))
-        found[name] = change
+        own, change = (getattr(of, name) for of in (layer, gradient))
+        found[name] = change.value()
+        if own.factored:
+            cores = own.kernel.cores, change.kernel.cores
+            dense = lambda cores, kernel=own.kernel: factorization.dense(kernel.value(cores))  # noqa: E731
+            _, found[name] = jax.jvp(dense, cores[:1], cores[1:])
     return found

@@ -9,6 +9,7 @@ kernel = factorization.reconstruct(network, cores)
 from efficient_nets.ops.factorization.decomposition import decompose, relative_error
 from efficient_nets.ops.factorization.execution import factorized_map, plan
 from efficient_nets.ops.factorization.factored import Factored, dense
+from efficient_nets.ops.factorization.joint import layer_network, layer_of, scale_layers
 from efficient_nets.ops.factorization.network import Cores, Network, core_scale, reconstruct
 from efficient_nets.ops.factorization.selection import of_kernel, with_ranks
 from efficient_nets.ops.factorization.spec import DENSE, Factorization, parse
@@ -23,10 +24,13 @@ __all__ = [
     "decompose",
     "dense",
     "factorized_map",
+    "layer_network",
+    "layer_of",
     "of_kernel",
     "parse",
     "plan",
     "reconstruct",
     "relative_error",
+    "scale_layers",
     "with_ranks",
 ]
