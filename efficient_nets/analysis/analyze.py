@@ -292,9 +292,14 @@ def _kernel_gradients(layer, gradient) -> dict[str, Array]:
     found = {}
     for name in layer.spec.branches:
         own, change = (getattr(of, name) for of in (layer, gradient))
-        found[name] = change.value()
-        if own.factored:
-            cores = own.kernel.cores, change.kernel.cores
-            dense = lambda cores, kernel=own.kernel: factorization.dense(kernel.value(cores))  # noqa: E731
-            _, found[name] = jax.jvp(dense, cores[:1], cores[1:])
+        found[name] = _step(own.kernel, change.kernel) if own.factored else change.value()
     return found
+
+
+def _step(kernel, gradient) -> Array:
+    """Of cores, which layers may share, to this layer's kernel."""
+
+    def made(cores):
+        return factorization.dense(kernel.value(cores))
+
+    return jax.jvp(made, (kernel.cores,), (gradient.cores,))[1]

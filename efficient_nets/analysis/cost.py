@@ -285,12 +285,12 @@ def _packed_bytes(module: nnx.Module, owns: bool = True) -> int:
                 size += _size(end[1])
                 continue
             branch = getattr(layer, of_kernels[name])
+            kernel = jax.ShapeDtypeStruct(_kernel_shape(layer, branch), layer.geometry.param_dtype)
             held = branch.kernel
             if isinstance(held, Joint):
                 branch.kernel, held = nnx.data(None), ()  # in a file it holds them no more
             elif branch.factored:
                 held = nnx.state(held)
-            kernel = jax.ShapeDtypeStruct(_kernel_shape(layer, branch), layer.geometry.param_dtype)
             size += _packed_kernel(kernel, *end) - _size(held)
     if owns:
         size += sum(map(_bytes, _shared(module).values()))
