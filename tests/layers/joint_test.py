@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from efficient_nets import analysis, models, train
+from efficient_nets import analysis, deploy, models, pretraining, train
 from efficient_nets.errors import UserError
 from efficient_nets.layers import Conv, Dense, LayerSpec, convert, join
 from efficient_nets.layers import kernel as kernels
 from efficient_nets.ops import factorization
+from efficient_nets.search import decompose
 from tests import tiny_config
 
 SHAPE = (8, 8, 3)
@@ -186,6 +187,37 @@ def test_join_says_what_cannot_be_joined():
     join(joined, "tucker:0.3", rngs=rngs)
     with pytest.raises(UserError, match="3 layers share these cores"):
         join(joined[:2], "tt:2", rngs=rngs)
+
+
+def test_a_first_dense_run_joins_nothing_and_decompose_refuses():
+    rule = RULE | dict(start="kept")
+    config = tiny_config.get_config()
+    config.layers = (rule, dict(match="head"))
+    config.pretrain.epochs = 1.0
+    plain = pretraining.float_config(config)
+    assert plain.layers == (dict(match=RULE["match"]), dict(match="head"))
+    with pytest.raises(UserError, match="stage1/0/conv1 has joint='body': --mode=decompose"):
+        list(decompose._decomposed_layers(config, resnet()))
+
+
+def test_quantizers_round_each_layers_kernel_and_files_hold_codes(tmp_path):
+    layers, x = convs(2), images()
+    join(layers, "tucker:0.4", rngs=nnx.Rngs(0))
+    net = nnx.List(layers)
+    rule = dict(match=".", precision="minmax:w4a8")
+    net = convert(net, [rule], jax.random.key(0))
+    assert net[0].w.kernel.shared is net[1].w.kernel.shared
+    net.train()
+    [layer(x) for layer in net]
+    net.eval()
+    whole = deploy.to_integers(net)
+    deploy.save(whole, tmp_path / "net.safetensors")
+    template = nnx.eval_shape(lambda: deploy.to_integers(net, settle=True))
+    loaded = deploy.load(template, tmp_path / "net.safetensors")
+    for rounded, layer in zip(net, loaded, strict=True):
+        assert layer.spec.joint == "" and not layer.w.factored
+        # Whole numbers times scales, in float32.
+        np.testing.assert_allclose(layer(x), rounded(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
