@@ -67,7 +67,7 @@ def test_fresh_mean_squares_are_exact():
     np.testing.assert_allclose(jnp.mean(made**2, axis=(1, 2, 3, 4)), [1.0, 9.0, 0.25], rtol=1e-5)
 
 
-@pytest.mark.parametrize("text", ["tucker:99", "tt:99"])
+@pytest.mark.parametrize("text", ["tucker:99", pytest.param("tt:99", marks=pytest.mark.slow)])
 def test_kept_kernels_of_full_rank_leave_the_layers_as_they_are(text):
     layers, x = convs(), images()
     expected = [layer(x) for layer in layers]
@@ -77,7 +77,7 @@ def test_kept_kernels_of_full_rank_leave_the_layers_as_they_are(text):
         np.testing.assert_allclose(layer(x), y, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("text", ["tucker:2", "tt:2"])
+@pytest.mark.parametrize("text", ["tt:2", pytest.param("tucker:2", marks=pytest.mark.slow)])
 def test_gradients_of_shared_cores_are_the_sum_over_the_layers(text):
     with jax.enable_x64(True):
         layers = [
@@ -145,9 +145,9 @@ def test_the_layer_table_counts_shared_cores_once():
     )
 
 
-@pytest.mark.parametrize(
-    ("rule", "message"),
-    [
+def test_rules_say_what_cannot_be_joined():
+    made = convert(resnet(), [RULE], jax.random.key(0))
+    for rule, message in (
         (dict(match="stage1/0.*conv", kernel="dense", start="kept"), "4 layers share these cores"),
         (dict(match="stage1/1/conv1", remove=True), "4 layers share these cores"),
         (dict(match="head", joint="x"), "joint='x' with kernel='dense'"),
@@ -155,12 +155,9 @@ def test_the_layer_table_counts_shared_cores_once():
         (RULE | dict(start="relinear", joint="x"), "joint='x' with start='relinear'"),
         (RULE | dict(kernel="tt:5.0"), "the cores would have as many parameters as the 4"),
         (RULE | dict(joint=3), "joint=3: give a name"),
-    ],
-)  # fmt: skip
-def test_rules_say_what_cannot_be_joined(rule, message):
-    made = convert(resnet(), [RULE], jax.random.key(0))
-    with pytest.raises(UserError, match=message):
-        convert(made, [rule], jax.random.key(0))
+    ):
+        with pytest.raises(UserError, match=message):
+            convert(made, [rule], jax.random.key(0))
 
 
 def test_join_says_what_cannot_be_joined():
