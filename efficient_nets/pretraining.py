@@ -103,7 +103,9 @@ def _takes_signs(rule) -> bool:
 
 def _direct(rule: Mapping, keeps_precision: bool) -> dict:
     """The rule for the first run."""
-    later = {"algorithm", "precision"} | ({"kernel", "start"} if _decomposes(rule) else set())
+    later = {"algorithm", "precision"} | (
+        {"kernel", "start", "joint"} if _decomposes(rule) else set()
+    )
     left = {key: value for key, value in rule.items() if key not in later}
     if keeps_precision and "precision" in rule:
         left["precision"] = _outer(rule["precision"])

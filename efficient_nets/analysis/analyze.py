@@ -291,8 +291,15 @@ def _kernel_gradients(layer, gradient) -> dict[str, Array]:
     """By branch; of a factorized kernel what a small step along its cores' gradient adds to it."""
     found = {}
     for name in layer.spec.branches:
-        own, change = (getattr(of, name).value() for of in (layer, gradient))
-        if isinstance(own, factorization.Factored):
-            _, change = jax.jvp(factorization.dense, (own,), (change,))
-        found[name] = change
+        own, change = (getattr(of, name) for of in (layer, gradient))
+        found[name] = _step(own.kernel, change.kernel) if own.factored else change.value()
     return found
+
+
+def _step(kernel, gradient) -> Array:
+    """Of cores, which layers may share, to this layer's kernel."""
+
+    def made(cores):
+        return factorization.dense(kernel.value(cores))
+
+    return jax.jvp(made, (kernel.cores,), (gradient.cores,))[1]

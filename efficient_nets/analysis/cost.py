@@ -15,6 +15,7 @@ from clu import parameter_overview
 from flax import nnx
 
 from efficient_nets.layers import Codes, Embedding, Layer, TDense, layers, watched
+from efficient_nets.layers.kernel import Joint, Kernel
 from efficient_nets.layers.winograd import is_transformable, transform_layer
 from efficient_nets.ops import factorization, forms, packing, quantizers, tproduct
 from efficient_nets.ops.factorization import Network
@@ -42,6 +43,7 @@ class LayerCost:
       output_bits, gradient_bits: Of the neuron's value, and of what the linear maps get back in
         training; 0 where these are not rounded.
       params: Its own parameters: kernels, biases, branch norms, and what its quantizers learn.
+        Cores that layers share count, here and in the bytes, for the one that is called first.
       bytes: What all its arrays take in training: these, and running averages and observed ranges.
       packed_bytes: What they take in the file of `deploy.save`: each kernel as codes of `bits` bits
         with their table of values and scales, and all else that the net computes with.
@@ -89,12 +91,15 @@ def layer_costs(model: nnx.Module, image_shape: Sequence[int]) -> list[LayerCost
       image_shape: `(H, W, C)`.
     """
     found: dict[str, LayerCost] = {}
+    owners: dict[int, str] = {}  # of cores that layers share
 
     def observer(path, layer, x, y):
         if isinstance(layer, TDense):
             cost = _tensor_cost(path, layer, *(z.shape[:1] + z.shape[2:] for z in (x, y)))
         else:
-            cost = _layer_cost(path, layer, x.shape[1:], y.shape[1:])
+            shared = [owners.setdefault(key, path) for key in _shared(layer)]
+            owns = all(owner == path for owner in shared)
+            cost = _layer_cost(path, layer, x.shape[1:], y.shape[1:], owns)
             if isinstance(layer, Embedding):
                 macs = _embedding_multiplications(layer, x)
                 cost = dataclasses.replace(cost, macs=macs, bops=macs * cost.bits**2)
@@ -130,8 +135,9 @@ def model_cost(model: nnx.Module, image_shape: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def _layer_cost(path: str, layer: Layer, input_shape, output_shape) -> LayerCost:
+def _layer_cost(path: str, layer: Layer, input_shape, output_shape, owns: bool) -> LayerCost:
     spec, geometry = layer.spec, layer.geometry
+    others = [] if owns else list(_shared(layer).values())
     kernels = tuple(_kernel_shape(layer, branch) for branch in layer.branches)
     positions = math.prod(output_shape[:-1])
     of_float = 8 * jnp.dtype(geometry.param_dtype).itemsize
@@ -184,19 +190,25 @@ def _layer_cost(path: str, layer: Layer, input_shape, output_shape) -> LayerCost
         output_shape=output_shape,
         neuron=spec.neuron,
         norm=spec.norm,
-        kernel=str(spec.kernel),
+        kernel=f"{spec.kernel}, {spec.joint}" if spec.joint else str(spec.kernel),
         algorithm=str(spec.algorithm),
         precision=str(spec.precision),
         bits=bits,
         input_bits=input_bits,
         output_bits=rounded.get("output", 0),
         gradient_bits=rounded.get("gradient", 0),
-        params=_params(layer),
-        bytes=_bytes(layer),
-        packed_bytes=_packed_bytes(layer),
+        params=_params(layer) - sum(map(_params, others)),
+        bytes=_bytes(layer) - sum(map(_bytes, others)),
+        packed_bytes=_packed_bytes(layer, owns),
         macs=sum(count for count, *_ in products),
         bops=sum(math.prod(each) for each in products),
     )
+
+
+def _shared(module: nnx.Module) -> dict[int, Kernel]:
+    """The cores in it that layers share, by the object's id."""
+    found = [node.shared for _, node in nnx.iter_graph(module) if isinstance(node, Joint)]
+    return {id(shared): shared for shared in found}
 
 
 def _kernel_shape(layer: Layer, branch) -> tuple[int, ...]:
@@ -271,10 +283,13 @@ def _bytes(module: nnx.Module) -> int:
     return _size(nnx.state(module, nnx.Not(nnx.RngState)))
 
 
-def _packed_bytes(module: nnx.Module) -> int:
-    """Of the arrays of a file for use, once the schedules of its quantizers are over."""
+def _packed_bytes(module: nnx.Module, owns: bool = True) -> int:
+    """Of the arrays of a file for use, once the schedules of its quantizers are over.
+
+    With the cores that layers share, if it owns them and any of their kernels stays in float.
+    """
     module = nnx.eval_shape(_as_filed, module)
-    size = _bytes(module)
+    size = _bytes(module) - sum(map(_bytes, _shared(module).values()))
     for _, layer in layers(module):
         of_kernels = {layer.kernel_range(name): name for name in layer.spec.branches}
         for name, found in (layer.ranges or {}).items():
@@ -290,9 +305,15 @@ def _packed_bytes(module: nnx.Module) -> int:
                 size += _size(end[1])
                 continue
             branch = getattr(layer, of_kernels[name])
-            held = nnx.state(branch.kernel) if branch.factored else branch.kernel
             kernel = jax.ShapeDtypeStruct(_kernel_shape(layer, branch), layer.geometry.param_dtype)
+            held = branch.kernel
+            if isinstance(held, Joint):
+                branch.kernel, held = nnx.data(None), ()  # in a file it holds them no more
+            elif branch.factored:
+                held = nnx.state(held)
             size += _packed_kernel(kernel, *end) - _size(held)
+    if owns:
+        size += sum(map(_bytes, _shared(module).values()))
     return size
 
 

@@ -8,6 +8,7 @@ conv = Conv(16, 32, (3, 3), spec=LayerSpec(neuron="ours", norm="branch"), rngs=n
 from efficient_nets.layers.calibrate import calibrate
 from efficient_nets.layers.collect import collecting
 from efficient_nets.layers.embedding import Embedding
+from efficient_nets.layers.joint import join
 from efficient_nets.layers.linear import Conv, Dense, Layer, kaiming_normal, layer_norm_act
 from efficient_nets.layers.norm import (
     BatchNorm,
@@ -49,6 +50,7 @@ __all__ = [
     "collecting",
     "convert",
     "hold",
+    "join",
     "kaiming_normal",
     "layer_norm_act",
     "layers",

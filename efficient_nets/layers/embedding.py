@@ -22,6 +22,7 @@ ALLOWED = {
     "algorithm": ("direct",),
     "precision": ("float",),
     "start": ("own", "kept"),
+    "joint": ("",),
 }
 
 

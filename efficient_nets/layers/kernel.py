@@ -28,18 +28,54 @@ class Kernel(nnx.Module):
         for name, core in cores.items():
             setattr(self, name, nnx.Param(core))
 
-    def value(self) -> Factored:
-        cores = {name: getattr(self, name)[...] for name, _ in self.network.cores}
-        return Factored(self.network, self.run, cores)
+    @property
+    def cores(self) -> dict[str, Array]:
+        return {name: getattr(self, name)[...] for name, _ in self.network.cores}
+
+    def value(self, cores: factorization.Cores | None = None) -> Factored:
+        """The kernel as `ops` take it, of its own cores if none are given."""
+        return Factored(self.network, self.run, self.cores if cores is None else cores)
 
 
-def resolved(geometry: Geometry, spec: LayerSpec, kept: Mapping[str, Array]) -> Factorization | str:
+class Joint(nnx.Module):
+    """A layer's part of a kernel that several layers share, in the place of its own `Kernel`.
+
+    Attributes:
+      shared: The `Kernel` of all layers, one object that each of them holds.
+      index: Static: which of its slices this layer's kernel is.
+      run: Static: a key of `factorization.RUNS`.
+    """
+
+    def __init__(self, shared: Kernel, index: int):
+        self.shared, self.index, self.run = shared, index, shared.run
+
+    @property
+    def network(self) -> Network:
+        """Of this layer's kernel."""
+        return factorization.layer_network(self.shared.network)
+
+    @property
+    def cores(self) -> dict[str, Array]:
+        """Of all layers together."""
+        return self.shared.cores
+
+    def value(self, cores: factorization.Cores | None = None) -> Factored:
+        """This layer's kernel as `ops` take it, of the shared cores if none are given."""
+        cores = self.cores if cores is None else cores
+        network, own = factorization.layer_of(self.shared.network, cores, self.index)
+        return Factored(network, self.run, own)
+
+
+def resolved(
+    geometry: Geometry, spec: LayerSpec, kept: Mapping[str, Array], layers: int = 0
+) -> Factorization | str:
     """What the kernels of a layer are: the spec's factorization, its ranks known, or 'dense'.
 
     The latter where the cores would have as many parameters as the kernels.
 
     Args:
       kept: The kernels that are decomposed, for ranks that depend on them.
+      layers: How many layers share them, `(layers, *kernel_size, in, features)` each; 0: none.
 
     Raises:
       UserError: if such a rank is asked for where kernels have no numbers, or groups do not go
@@ -60,8 +96,8 @@ def resolved(geometry: Geometry, spec: LayerSpec, kept: Mapping[str, Array]) -> 
                 "known under jit, nor from a config, nor of a new layer: give a number or a "
                 "share, or find it by --mode=decompose"
             )
-        found = factorization.with_ranks(found, list(kept.values()))
-    network = found.network(geometry.kernel_shape)
+        found = factorization.with_ranks(found, list(kept.values()), layers)
+    network = found.network(geometry.kernel_shape, layers)
     gains = network.params < network.dense_params
     return found if gains or found.always else factorization.DENSE
 
@@ -69,14 +105,18 @@ def resolved(geometry: Geometry, spec: LayerSpec, kept: Mapping[str, Array]) -> 
 def fresh(
     network: Network, kernel_init: Initializer, dtype: jnp.dtype, rngs: nnx.Rngs
 ) -> dict[str, Array]:
-    """Independent normal cores whose kernel has the mean square of a dense one's.
+    """Independent normal cores whose kernel has the mean square of a dense one's."""
+    dense = kernel_init(rngs.params(), network.kernel_shape, dtype)
+    return normal(network, jnp.mean(jnp.square(dense)), rngs)
+
+
+def normal(network: Network, target: Array, rngs: nnx.Rngs) -> dict[str, Array]:
+    """Independent normal cores whose kernel has this mean square, in its type.
 
     They start with the deviation that gives it in the mean (`factorization.core_scale`), and are
     all multiplied by what makes it exact. Where dense kernels start at 0, the last core does.
     """
-    dense = kernel_init(rngs.params(), network.kernel_shape, dtype)
-    target = jnp.mean(jnp.square(dense))
-    starts = target > 0
+    dtype, starts = target.dtype, target > 0
     target = jnp.where(starts, target, 1 / math.prod(network.kernel_shape[:-1]))
     scale = factorization.core_scale(network, target)
     cores = {
@@ -88,3 +128,19 @@ def fresh(
     cores = {name: core * factor for name, core in cores.items()}
     last = network.cores[-1][0]
     return cores | {last: jnp.where(starts, cores[last], 0)}
+
+
+def fresh_joint(network: Network, dense: Array, rngs: nnx.Rngs) -> dict[str, Array]:
+    """The same of a joint network, in which each layer's kernel has the mean square of its own.
+
+    Args:
+      network: Of the layers together.
+      dense: Fresh kernels of the layers, `network.kernel_shape`.
+    """
+    cores = normal(network, jnp.mean(jnp.square(dense)), rngs)
+    target, made = (
+        jnp.mean(jnp.square(kernels.reshape(len(kernels), -1)), axis=1)
+        for kernels in (dense, factorization.reconstruct(network, cores))
+    )
+    factors = jnp.where(made > 0, jnp.sqrt(target / jnp.where(made > 0, made, 1)), 1)
+    return factorization.scale_layers(network, cores, factors)

@@ -50,15 +50,18 @@ class Layer(nnx.Module):
     def __init__(self, geometry: Geometry, spec: LayerSpec | None, rngs: nnx.Rngs):
         self.geometry, self.spec, self.removed = geometry, spec or LayerSpec(), False
         self.transforms = nnx.data(None)
+        _check_joined(self.spec)
         self._make_branches(rngs)
 
     def _make_branches(
         self, rngs: nnx.Rngs, before: Mapping[str, neurons.Branch] | None = None
     ) -> None:
         kept = {name: branch.dense() for name, branch in (before or {}).items()}
-        kernel = kernels.resolved(self.geometry, self.spec, kept)
-        self.spec = dataclasses.replace(self.spec, kernel=kernel)
-        network = self._network(kernel)
+        network = None
+        if not self.spec.joint:  # else `joint.tie` makes the kernels, of dense ones of all layers
+            kernel = kernels.resolved(self.geometry, self.spec, kept)
+            self.spec = dataclasses.replace(self.spec, kernel=kernel)
+            network = self._network(kernel)
         made = neurons.make(self.geometry, self.spec, rngs, network, before)
         for name, branch in made.branches.items():
             setattr(self, name, branch)
@@ -93,11 +96,16 @@ class Layer(nnx.Module):
             made |= precisions.inner(values, self.spec.precision, rngs)
         self.ranges = nnx.data(nnx.Dict(made) if made else None)
 
-    def respecify(self, spec: LayerSpec, rngs: nnx.Rngs) -> None:
+    def respecify(self, spec: LayerSpec, rngs: nnx.Rngs, *, joins: bool = False) -> None:
         """Gives this layer another spec; its parameters stay where they can.
 
         They are made anew, by `spec.start`, if the new spec stores other ones or names a start.
         Where kernels are kept, ranges of input, output and gradient with the same quantizer are.
+
+        Args:
+          spec: The new one.
+          rngs: Of fresh values.
+          joins: The caller goes on with `joint.tie`: kernels that layers share are dense till then.
 
         Raises:
           UserError: on a 'relinear' start of a layer that is not linear, or transformed kernels.
@@ -105,12 +113,15 @@ class Layer(nnx.Module):
         if self.kernel_site != "kernel":
             raise UserError("its kernels are transformed, for use: they have no other form again")
         before = self.spec
-        if spec.start == "own":  # whose ranks are numbers
+        if spec.start == "own" and not spec.joint:  # whose ranks are numbers
             spec = dataclasses.replace(spec, kernel=kernels.resolved(self.geometry, spec, {}))
+        stays = spec.start == "own" and self._stores(before, spec)
+        if not (stays or joins):
+            _check_joined(spec)
         self.spec = spec
         if spec.algorithm != before.algorithm:
             self.transforms = nnx.data(None)
-        if spec.start == "own" and self._stores(before, spec):
+        if stays:
             for branch in self.branches:
                 if branch.factored:
                     branch.kernel.run = spec.kernel.run
@@ -137,9 +148,18 @@ class Layer(nnx.Module):
 
     def _stores(self, before: LayerSpec, after: LayerSpec) -> bool:
         """Whether both have the same parameters in the branches."""
-        networks = [self._network(spec.kernel) for spec in (before, after)]
         same = (before.neuron, before.norm) == (after.neuron, after.norm)
-        return same and networks[0] == networks[1]
+        if not same or before.joint != after.joint:
+            return False
+        if after.joint:
+            return before.kernel == dataclasses.replace(after.kernel, run=before.kernel.run)
+        return self._network(before.kernel) == self._network(after.kernel)
+
+    def remake_ranges(self, rngs: nnx.Rngs) -> None:
+        """Those of kernels anew, which have changed; the others are kept."""
+        ranges = self.ranges
+        self._make_ranges(rngs)
+        self._keep_ranges(ranges or {})
 
     def _keep_ranges(self, before: Mapping[str, precisions.Range]) -> None:
         for site in ("input", "output", "gradient"):
@@ -321,6 +341,14 @@ class Layer(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """x `(N, *spatial, in_features)` to `(N, *spatial', features)`."""
         return layer_norm_act(x, self)
+
+
+def _check_joined(spec: LayerSpec) -> None:
+    if spec.joint:
+        raise UserError(
+            f"joint={spec.joint!r}: one layer by itself shares nothing; make the layers and then "
+            "`layers.join` them, or name them in a rule of `layers.convert`"
+        )
 
 
 class Dense(Layer):

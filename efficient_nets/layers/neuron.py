@@ -31,7 +31,8 @@ MOMENT = {"variance": 1.0, "variance:relu": 2.0}
 class Branch(nnx.Module):
     """Parameters of one linear map: `kernel`, perhaps `bias` `(C,)`, perhaps a branch norm.
 
-    The kernel is an array, or a `Kernel` with the cores of a factorized one.
+    The kernel is an array, a `Kernel` with the cores of a factorized one, or a layer's part of one
+    that layers share, `Joint`.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Branch(nnx.Module):
 
     @property
     def factored(self) -> bool:
-        return isinstance(self.kernel, kernels.Kernel)
+        return isinstance(self.kernel, kernels.Kernel | kernels.Joint)
 
     def value(self) -> Array | Factored:
         """The kernel as `ops` take it."""
@@ -72,6 +73,8 @@ class Branch(nnx.Module):
 
     def set_dense(self, kernel: Array, form: str) -> None:
         """Takes the values of a kernel, a factorized one those of its decomposition."""
+        if isinstance(self.kernel, kernels.Joint):
+            raise UserError("a kernel that layers share cannot be set for one of them alone")
         if self.factored:
             found = factorization.decompose(form, self.kernel.network, kernel)
             self.kernel = kernels.Kernel(self.kernel.network, self.kernel.run, found)

@@ -14,6 +14,7 @@ from flax import nnx
 
 from efficient_nets import paths
 from efficient_nets.errors import UserError
+from efficient_nets.layers import joint
 from efficient_nets.layers.linear import Layer
 from efficient_nets.layers.precision import Range
 from efficient_nets.layers.spec import LayerSpec
@@ -68,7 +69,8 @@ def convert(model: nnx.Module, rules: Sequence[Mapping], key: jax.Array) -> nnx.
 
     A layer whose neuron, norm or kernel changes gets fresh parameters, but with `start='relinear'`,
     that carries those of a linear layer on, so that the neuron starts as that layer, and with
-    `start='kept'`, that makes the kernels from those that there are. New norms are in training
+    `start='kept'`, that makes the kernels from those that there are. Layers with one name
+    in `joint` and kernels of one shape share their cores, see `join`. New norms are in training
     mode, so call `model.eval()` afterwards where that is wanted.
 
     Args:
@@ -82,7 +84,8 @@ def convert(model: nnx.Module, rules: Sequence[Mapping], key: jax.Array) -> nnx.
 
     Raises:
       UserError: if a rule has an unknown field or member, or matches no layer, or only layers that
-        an earlier rule has taken, or removes a layer that nothing smaller can replace.
+        an earlier rule has taken, or removes a layer that nothing smaller can replace, or parts
+        layers that share their cores.
     """
     paths.check_rules("layers", rules, FIELDS)
     _check_removals(rules)
@@ -92,6 +95,7 @@ def convert(model: nnx.Module, rules: Sequence[Mapping], key: jax.Array) -> nnx.
         raise UserError(f"layers: {type(model).__name__} has no Dense or Conv for rules to match")
     matched_by = {path: _first_match(rules, path) for path in found}
     _check_used(rules, matched_by)
+    groups: dict[tuple, joint.Group] = {}
     for path, layer in found.items():
         if matched_by[path] is None or layer.removed:
             continue
@@ -100,9 +104,16 @@ def convert(model: nnx.Module, rules: Sequence[Mapping], key: jax.Array) -> nnx.
             if REMOVE in rule:
                 layer.remove(rngs)
             else:
-                layer.respecify(_spec(rule, layer), rngs)
+                spec = _spec(rule, layer)
+                if spec.joint:
+                    group = (spec.joint, layer.geometry.kernel_shape)
+                    groups.setdefault(group, joint.Group(spec.joint)).add(path, layer, spec)
+                layer.respecify(spec, rngs, joins=True)
         except UserError as error:
             raise UserError(f"layers[{matched_by[path]}]: {path}: {error}") from error
+    for group in groups.values():
+        group.tie(nnx.Rngs(_path_key(key, "/".join(("joint", *group.layers)))))
+    joint.check_whole(layers(model))
     _drop_norms_of_removed(model)
     return model
 
@@ -146,7 +157,13 @@ def specs(model: nnx.Module, rules: Sequence[Mapping]) -> dict[str, LayerSpec]:
 def _spec(rule: Mapping, layer: Layer) -> LayerSpec:
     """The layer's spec with the rule's fields; a start is for the rule that names it."""
     fields = {"start": "own"} | {k: v for k, v in rule.items() if k != "match"}
-    return dataclasses.replace(layer.spec, **fields)
+    spec = dataclasses.replace(layer.spec, **fields)
+    if rule.get("joint") and not spec.joint:
+        raise UserError(
+            f"joint={rule['joint']!r} with kernel='dense': layers share cores; give a kernel such "
+            "as 'tucker:0.1'"
+        )
+    return spec
 
 
 def set_compute_dtype(model: nnx.Module, dtype: jnp.dtype) -> nnx.Module:

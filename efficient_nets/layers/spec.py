@@ -56,6 +56,8 @@ class LayerSpec:
         a `Precision`, which it becomes; see `ops.precision`.
       start: How parameters start, a name in `STARTS`. 'variance' is for layers without branch norm,
         whose second moments are those of `ops.neurons`.
+      joint: Name of the layers that share the cores of a factorized kernel, see `layers.join`; none
+        shares those of a dense one.
 
     Raises:
       UserError: on an unknown member, naming axis, value and what is allowed, and on members that
@@ -69,6 +71,7 @@ class LayerSpec:
     algorithm: Winograd | str | Mapping = winograd.DIRECT
     precision: Precision | str | Mapping = precision.FLOAT
     start: str = "own"
+    joint: str = ""
 
     def __post_init__(self):
         for axis, table in AXES.items():
@@ -107,8 +110,16 @@ class LayerSpec:
             )
 
     def _check_kernel(self) -> None:
+        if not isinstance(self.joint, str):
+            raise UserError(f"joint={self.joint!r}: give a name, which the layers share")
         if self.kernel == factorization.DENSE:
+            object.__setattr__(self, "joint", "")
             return
+        if self.joint and self.start == "relinear":
+            raise UserError(
+                f"joint={self.joint!r} with start='relinear': a branch that starts at 0 would take "
+                "cores that it shares with none; convert first, and join with start='kept'"
+            )
         if "form" in self.parts.reads:
             raise UserError(
                 f"kernel='{self.kernel}' with neuron={self.neuron!r}: its branches are forms of a "
@@ -139,7 +150,7 @@ class LayerSpec:
     @property
     def storage(self) -> tuple:
         """The axes that decide which parameters the branches have; the others read the same."""
-        return self.neuron, self.norm, self.kernel
+        return self.neuron, self.norm, self.kernel, self.joint
 
     @property
     def branches(self) -> tuple[str, ...]:

@@ -109,6 +109,13 @@ def _decomposed_layers(config: ConfigDict, model: nnx.Module) -> Iterator[tuple[
         for path, spec in chosen.items()
         if spec.start == "kept" and spec.kernel != factorization.DENSE and path in every
     }
+    for path, spec in found.items():
+        if spec.joint:
+            raise UserError(
+                f"layers: {path} has joint={spec.joint!r}: --mode=decompose looks at each layer's "
+                "kernel by itself; leave joint out, or train with start='kept', which decomposes "
+                "them together"
+            )
     if not found:
         raise UserError(
             "layers: no rule has start='kept' and a kernel such as 'tt:0.1', so there is nothing "

@@ -9,6 +9,7 @@ kernel = factorization.reconstruct(network, cores)
 from efficient_nets.ops.factorization.decomposition import decompose, relative_error
 from efficient_nets.ops.factorization.execution import factorized_map, plan
 from efficient_nets.ops.factorization.factored import Factored, dense
+from efficient_nets.ops.factorization.joint import layer_network, layer_of, scale_layers
 from efficient_nets.ops.factorization.lookup import lookup, lookup_cost
 from efficient_nets.ops.factorization.network import Cores, Network, core_scale, reconstruct
 from efficient_nets.ops.factorization.selection import of_kernel, with_ranks
@@ -24,6 +25,8 @@ __all__ = [
     "decompose",
     "dense",
     "factorized_map",
+    "layer_network",
+    "layer_of",
     "lookup",
     "lookup_cost",
     "of_kernel",
@@ -31,5 +34,6 @@ __all__ = [
     "plan",
     "reconstruct",
     "relative_error",
+    "scale_layers",
     "with_ranks",
 ]

@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 
 from efficient_nets import names
 from efficient_nets.errors import UserError
-from efficient_nets.ops.factorization.network import Network
+from efficient_nets.ops.factorization.network import LAYERS, Network
 
 Leaf = tuple[str, ...]  # modes
 Wiring = list[tuple[str, tuple[str, ...]]]  # cores
@@ -127,6 +127,7 @@ def network(
     in_modes: Sequence[int],
     out_modes: Sequence[int],
     blocks: int = 1,
+    layers: int = 0,
 ) -> Network:
     """The network of a kernel, with bonds of 1 but for the blocks.
 
@@ -136,6 +137,8 @@ def network(
       kernel_shape: `(*kernel_size, in, features)`.
       in_modes, out_modes: Sizes whose products are no less than in and features.
       blocks: Of 'bt'.
+      layers: How many kernels of this shape are factorized as one, `(layers, *kernel_shape)`, their
+        number being the first leaf in every layout; 0 is one kernel by itself.
     """
     names.pick("form", form, FORMS)
     window = tuple(kernel_shape[:-2])
@@ -154,6 +157,8 @@ def network(
         leaves = [*leaves_of_window, *zip(inputs, outputs, strict=True)]
     else:
         leaves = [*((i,) for i in inputs), *leaves_of_window, *((o,) for o in outputs)]
+    if layers:
+        leaves = [(LAYERS,), *leaves]
     if len(leaves) < 2:
         raise UserError(
             "kernel.order=1 with layout='paired': one core is the kernel itself; give 2"
@@ -161,6 +166,9 @@ def network(
     wiring = FORMS[form].wire(leaves)
     if in_core and spatial:
         wiring = [(n, (*spatial, *indices) if n == "core" else indices) for n, indices in wiring]
+    if layers:
+        spatial = {LAYERS: layers} | spatial
+        kernel_shape = (layers, *kernel_shape)
     sizes = spatial | dict(zip(inputs, in_modes, strict=True))
     sizes |= dict(zip(outputs, out_modes, strict=True))
     every = dict.fromkeys(index for _, indices in wiring for index in indices)

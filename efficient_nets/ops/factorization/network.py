@@ -15,6 +15,7 @@ from jax import Array, lax
 from efficient_nets.ops.factorization import order
 
 Cores = Mapping[str, Array]
+LAYERS = "l"  # the mode that numbers the layers of a joint network, the first of its window
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,9 +17,13 @@ from efficient_nets.ops.factorization.network import Network
 from efficient_nets.ops.factorization.spec import Factorization
 
 
-def with_ranks(form: Factorization, kernels: Sequence[Array]) -> Factorization:
-    """The same with its ranks as numbers: the largest that one of these kernels asks for."""
-    network = form.network(kernels[0].shape)
+def with_ranks(form: Factorization, kernels: Sequence[Array], layers: int = 0) -> Factorization:
+    """The same with its ranks as numbers: the largest that one of these kernels asks for.
+
+    With `layers`, each is those of as many layers, one behind another along a first axis.
+    """
+    shape = kernels[0].shape[1:] if layers else kernels[0].shape
+    network = form.network(shape, layers)
     networks = [network]
     if form.of_kernel:
         networks = [of_kernel(network, kernel, form.rank, form.energy) for kernel in kernels]

@@ -132,8 +132,10 @@ class Factorization:
         """Whether its rank is known with the kernel alone."""
         return self.rank in OF_KERNEL
 
-    def network(self, kernel_shape: Sequence[int]) -> Network:
+    def network(self, kernel_shape: Sequence[int], layers: int = 0) -> Network:
         """The cores of a kernel `(*kernel_size, in, features)`; their bonds are 1 if `of_kernel`.
+
+        With `layers`, the cores of that many such kernels together, see `joint`.
 
         Raises:
           UserError: if the modes do not make up the kernel, or there are not as many ranks as
@@ -153,7 +155,7 @@ class Factorization:
             raise UserError(
                 f"kernel.in_modes={sizes[0]}, out_modes={sizes[1]}: layout='paired' takes as many"
             )
-        made = forms.network(self.form, self.layout, kernel_shape, *sizes, self.blocks)
+        made = forms.network(self.form, self.layout, kernel_shape, *sizes, self.blocks, layers)
         if self.of_kernel:
             return made
         if isinstance(self.rank, float):
