@@ -270,7 +270,7 @@ def _packed_bytes(module: nnx.Module) -> int:
                 size += _size(end[1])
                 continue
             branch = getattr(layer, of_kernels[name])
-            held = nnx.state(branch.kernel) if branch.factored else branch.kernel
+            held = nnx.state(branch.kernel, nnx.Param) if branch.factored else branch.kernel
             kernel = jax.ShapeDtypeStruct(_kernel_shape(layer, branch), layer.geometry.param_dtype)
             size += _packed_kernel(kernel, *end) - _size(held)
     return size

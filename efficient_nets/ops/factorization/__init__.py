@@ -10,6 +10,7 @@ from efficient_nets.ops.factorization.decomposition import decompose, relative_e
 from efficient_nets.ops.factorization.execution import factorized_map, plan
 from efficient_nets.ops.factorization.factored import Factored, dense
 from efficient_nets.ops.factorization.network import Cores, Network, core_scale, reconstruct
+from efficient_nets.ops.factorization.regularization import dropped, rank_lasso
 from efficient_nets.ops.factorization.selection import of_kernel, with_ranks
 from efficient_nets.ops.factorization.spec import DENSE, Factorization, parse
 
@@ -22,10 +23,12 @@ __all__ = [
     "core_scale",
     "decompose",
     "dense",
+    "dropped",
     "factorized_map",
     "of_kernel",
     "parse",
     "plan",
+    "rank_lasso",
     "reconstruct",
     "relative_error",
     "with_ranks",
