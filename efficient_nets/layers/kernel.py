@@ -78,6 +78,12 @@ class Kernel(nnx.Module):
         for name, core in cores.items():
             getattr(self, name)[...] = core
 
+    def resize(self, network: Network, cores: factorization.Cores) -> None:
+        """Takes the cores of a network with other sizes of bonds."""
+        self.network = network
+        for name, core in cores.items():
+            setattr(self, name, nnx.Param(core))
+
 
 def resolved(geometry: Geometry, spec: LayerSpec, kept: Mapping[str, Array]) -> Factorization | str:
     """What the kernels of a layer are: the spec's factorization, its ranks known, or 'dense'.

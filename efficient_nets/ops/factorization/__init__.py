@@ -10,8 +10,9 @@ from efficient_nets.ops.factorization.decomposition import decompose, relative_e
 from efficient_nets.ops.factorization.execution import factorized_map, plan
 from efficient_nets.ops.factorization.factored import Factored, dense
 from efficient_nets.ops.factorization.network import Cores, Network, core_scale, reconstruct
+from efficient_nets.ops.factorization.pruning import contributions, pruned, pruned_together
 from efficient_nets.ops.factorization.regularization import dropped, rank_lasso
-from efficient_nets.ops.factorization.selection import of_kernel, with_ranks
+from efficient_nets.ops.factorization.selection import of_kernel, of_network, with_ranks
 from efficient_nets.ops.factorization.spec import DENSE, Factorization, parse
 
 __all__ = [
@@ -20,14 +21,18 @@ __all__ = [
     "Factored",
     "Factorization",
     "Network",
+    "contributions",
     "core_scale",
     "decompose",
     "dense",
     "dropped",
     "factorized_map",
     "of_kernel",
+    "of_network",
     "parse",
     "plan",
+    "pruned",
+    "pruned_together",
     "rank_lasso",
     "reconstruct",
     "relative_error",
