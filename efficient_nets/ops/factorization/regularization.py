@@ -102,7 +102,9 @@ def rank_lasso(network: Network, cores: Cores) -> Array:
     product, its Schatten-1/2 quasi-norm (Fan et al., arXiv 1911.05774): nearer to the rank than
     the nuclear norm, which half the squares of the norms, weight decay, have as their least. The
     pull on a slice has the same size whatever the slice's, so that those that are not needed
-    reach 0 and do not only become small.
+    reach 0 and do not only become small. A step of SGD takes the learning rate times the factor
+    off a norm: over a run the sum of the rates times the factor is to be about what a norm is, of
+    the order of 1, for an index to go.
 
     A norm behind the layer undoes a scale of the whole kernel, also one that this makes smaller:
     indices are weighed against each other there.

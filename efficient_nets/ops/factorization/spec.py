@@ -13,7 +13,7 @@ Short forms are 'dense', or a form, its rank and options, with commas between:
     tt:8,run=factorized  how it is computed, see `RUNS`
     tt:8,always          also where it has more parameters than the dense kernel
     tt:8,dropout=0.1     tensor dropout: in training a tenth of each bond's indices is left out
-    tt:8,lasso=0.001     in training the loss has this factor times the lasso of the bonds' indices
+    tt:8,lasso=0.01      in training the loss has this factor times the lasso of the bonds' indices
 
 The long form is a mapping with the fields of `Factorization`.
 """
