@@ -3,6 +3,7 @@
 config.json  summary.txt  summary.json  metrics.jsonl  tensorboard/  checkpoints/  plots/
 result.json  (eval.json after --mode=eval; analysis.json, analysis_maps.npz, plots/analysis/,
 tensorboard/analysis/ after --mode=analyze; net.safetensors, deploy.json after --mode=deploy;
+prune.json, prune.txt, plots/prune.png, built_config.py, pruned/ after --mode=prune;
 histograms/ if log.histograms_every_epochs)
 """
 
