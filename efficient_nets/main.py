@@ -13,7 +13,7 @@ from efficient_nets.deployment import make_deployable
 from efficient_nets.errors import TrainingDiverged, UserError
 from efficient_nets.evaluation import evaluate
 from efficient_nets.inspection import inspect
-from efficient_nets.search import auto_builder, decompose, latency, mixed_precision, winas
+from efficient_nets.search import auto_builder, decompose, latency, mixed_precision, prune, winas
 from efficient_nets.train import train
 
 FLAGS = flags.FLAGS
@@ -26,22 +26,26 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run, else runs/NAME[-ARGUMENT].")
 MODES = ["train", "eval", "summary", "analyze", "sensitivity", "search", "latency", "deploy"]
-MODES += ["decompose"]
+MODES += ["decompose", "prune"]
 MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", "", "eval, analyze, deploy: the workdir to restore from."
+    "checkpoint", "", "eval, analyze, deploy, prune: the workdir to restore from."
 )
-STEP = flags.DEFINE_string("step", "newest", "eval, analyze, deploy: newest, best, or a step.")
+STEP = flags.DEFINE_string("step", "newest", "eval, analyze, deploy, prune: newest, best, a step.")
 REFERENCE = flags.DEFINE_string("reference", "", "analyze: an analysed workdir to compare with.")
+THRESHOLD = flags.DEFINE_float(
+    "threshold", 0.01, "prune: indices of bonds go up to this share of the largest contribution."
+)
 DISTRIBUTED = flags.DEFINE_boolean("distributed", False, "One of several processes of a run.")
 
 
 def _run(config, workdir: pathlib.Path) -> None:
-    of_a_checkpoint = "eval analyze deploy"
+    of_a_checkpoint = "eval analyze deploy prune"
     for flag, modes in (
         (CHECKPOINT, of_a_checkpoint),
         (STEP, of_a_checkpoint),
         (REFERENCE, "analyze"),
+        (THRESHOLD, "prune"),
     ):
         if flag.present and MODE.value not in modes.split():
             modes = modes.replace(" ", " or --mode=")
@@ -68,6 +72,8 @@ def _run(config, workdir: pathlib.Path) -> None:
         winas.build(config, workdir)
     elif MODE.value == "decompose":
         decompose.build(config, workdir)
+    elif MODE.value == "prune":
+        prune.build(config, workdir, folder, STEP.value, THRESHOLD.value)
     elif MODE.value == "latency":
         latency.measure(config, workdir)
     elif MODE.value == "deploy":

@@ -3,6 +3,7 @@
 config.json  summary.txt  summary.json  metrics.jsonl  tensorboard/  checkpoints/  plots/
 result.json  (eval.json after --mode=eval; analysis.json, analysis_maps.npz, plots/analysis/,
 tensorboard/analysis/ after --mode=analyze; net.safetensors, deploy.json after --mode=deploy;
+prune.json, prune.txt, plots/prune.png, built_config.py, pruned/ after --mode=prune;
 histograms/ if log.histograms_every_epochs)
 """
 
@@ -120,8 +121,9 @@ def warm_start(run: Experiment, state: TrainState, folder: pathlib.Path) -> Trai
     net, left = restore_net(folder, net)
     # As of a net in float and direct, whose start every rounded or tiled net takes.
     own = [path for path in left if "/ranges/" in path or "/transforms/" in path]
+    own += [path for path in left if path.endswith(("/kernel/seed", "/kernel/calls"))]  # of dropout
     if own:
-        logging.info("%d arrays of quantizers or transforms are not there: fresh.", len(own))
+        logging.info("%d arrays of quantizers and the like are not there: fresh.", len(own))
     for path in sorted(left.keys() - set(own)):
         logging.warning("%s %s: it starts fresh", path, left[path])
     return state._replace(**net, ema=experiment.average_from(run.config, **net))

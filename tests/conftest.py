@@ -61,7 +61,8 @@ def command(monkeypatch, capsys):
     def run(*arguments):
         argv = ["main", *map(str, arguments)]
         monkeypatch.setattr(sys, "argv", argv)  # where the config flag looks for its overrides
-        for name in ("config", "workdir", "mode", "checkpoint", "step", "reference", "distributed"):
+        own = ("config", "workdir", "mode", "checkpoint", "step", "reference", "threshold")
+        for name in (*own, "distributed"):
             flags.FLAGS[name].unparse()
         for name in [name for name in flags.FLAGS if name.startswith("config.")]:
             delattr(flags.FLAGS, name)

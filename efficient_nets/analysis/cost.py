@@ -310,7 +310,7 @@ def _packed_bytes(module: nnx.Module, owns: bool = True) -> int:
             if isinstance(held, Joint):
                 branch.kernel, held = nnx.data(None), ()  # in a file it holds them no more
             elif branch.factored:
-                held = nnx.state(held)
+                held = nnx.state(held, nnx.Param)
             size += _packed_kernel(kernel, *end) - _size(held)
     if owns:
         size += sum(map(_bytes, _shared(module).values()))

@@ -19,6 +19,7 @@ from efficient_nets.layers.norm import (
 )
 from efficient_nets.layers.observe import watched
 from efficient_nets.layers.precision import Codes, Range, advance, hold
+from efficient_nets.layers.prune import prune
 from efficient_nets.layers.recalibrate import batch_moments, recalibrate_norms
 from efficient_nets.layers.recurrent import CELLS, GRU, LSTM, Recurrent
 from efficient_nets.layers.rules import convert, layers, ranges, set_compute_dtype, t_layers
@@ -54,6 +55,7 @@ __all__ = [
     "kaiming_normal",
     "layer_norm_act",
     "layers",
+    "prune",
     "ranges",
     "recalibrate_norms",
     "set_compute_dtype",

@@ -1,5 +1,6 @@
 """The kernels of a layer's branches: arrays, or the cores of factorized ones."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 
@@ -15,16 +16,24 @@ from efficient_nets.ops import factorization
 from efficient_nets.ops.factorization import Factored, Factorization, Network
 
 
+class Draws(nnx.RngState):
+    """Of dropout: the key of a kernel, and how often it was drawn. Of training alone."""
+
+
 class Kernel(nnx.Module):
     """Parameters of a factorized kernel: an array a core, under its name.
 
     Attributes:
       network: Static: how they contract.
       run: Static: a key of `factorization.RUNS`.
+      dropout: Static: the probability with which an index of a bond is left out.
+      seed, calls: With dropout, the key data and the number of draws so far, from which a mask
+        follows: a run that is resumed, or is on other devices, has the same ones.
+      deterministic: As of `nnx.Dropout`: `model.eval()` sets it, and nothing is left out then.
     """
 
     def __init__(self, network: Network, run: str, cores: factorization.Cores):
-        self.network, self.run = network, run
+        self.network, self.run, self.dropout, self.deterministic = network, run, 0.0, False
         for name, core in cores.items():
             setattr(self, name, nnx.Param(core))
 
@@ -35,6 +44,49 @@ class Kernel(nnx.Module):
     def value(self, cores: factorization.Cores | None = None) -> Factored:
         """The kernel as `ops` take it, of its own cores if none are given."""
         return Factored(self.network, self.run, self.cores if cores is None else cores)
+
+    def specify(self, form: Factorization, rngs: nnx.Rngs) -> None:
+        """Takes over what a form with the same network says; a new dropout draws anew."""
+        self.run = form.run
+        if form.dropout == self.dropout:
+            return
+        if not form.dropout:
+            del self.seed, self.calls
+        elif not self.dropout:
+            self.seed = Draws(jax.random.key_data(rngs.params()))
+            self.calls = Draws(jnp.zeros((), jnp.int32))
+        self.dropout = form.dropout
+
+    @property
+    def drops(self) -> bool:
+        return self.dropout > 0 and not self.deterministic
+
+    def dropped(self, value: Factored) -> Factored:
+        """Its value as a call computes with it: in training with dropout, by the next draw.
+
+        Outside of any `custom_vjp`, so that every way of computing with it has its gradient.
+        """
+        if not self.drops:
+            return value
+        key = jax.random.fold_in(jax.random.wrap_key_data(self.seed[...]), self.calls[...])
+        cores = factorization.dropped(self.network, value.cores, self.dropout, key)
+        return dataclasses.replace(value, cores=cores)
+
+    def count(self) -> None:
+        """A call was made: the next one draws anew."""
+        if self.drops:
+            self.calls[...] = self.calls[...] + 1
+
+    def take(self, cores: factorization.Cores) -> None:
+        """Takes the values of other cores of the same network."""
+        for name, core in cores.items():
+            getattr(self, name)[...] = core
+
+    def resize(self, network: Network, cores: factorization.Cores) -> None:
+        """Takes the cores of a network with other sizes of bonds."""
+        self.network = network
+        for name, core in cores.items():
+            setattr(self, name, nnx.Param(core))
 
 
 class Joint(nnx.Module):
@@ -64,6 +116,17 @@ class Joint(nnx.Module):
         cores = self.cores if cores is None else cores
         network, own = factorization.layer_of(self.shared.network, cores, self.index)
         return Factored(network, self.run, own)
+
+    def specify(self, form: Factorization, rngs: nnx.Rngs) -> None:
+        """Takes over what a form with the same network says of this layer."""
+        self.run = form.run
+
+    def dropped(self, value: Factored) -> Factored:
+        """The value itself: shared cores have no dropout."""
+        return value
+
+    def count(self) -> None:
+        """Nothing was drawn."""
 
 
 def resolved(

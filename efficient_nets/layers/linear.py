@@ -68,10 +68,16 @@ class Layer(nnx.Module):
         self.bias = nnx.data(made.bias)  # or a None now could not become a parameter later
         self._make_transforms()
         self._make_ranges(rngs)
+        self._specify_kernels(rngs)  # last: with and without dropout all else is drawn alike
 
     def _network(self, kernel: factorization.Factorization | str) -> factorization.Network | None:
         """Of a resolved kernel; None of a dense one."""
         return None if kernel == factorization.DENSE else kernel.network(self.geometry.kernel_shape)
+
+    def _specify_kernels(self, rngs: nnx.Rngs) -> None:
+        for branch in self.branches:
+            if branch.factored:
+                branch.kernel.specify(self.spec.kernel, rngs)
 
     def _make_transforms(self) -> None:
         """Those that the algorithm learns; they stay if there are any."""
@@ -122,13 +128,11 @@ class Layer(nnx.Module):
         if spec.algorithm != before.algorithm:
             self.transforms = nnx.data(None)
         if stays:
-            for branch in self.branches:
-                if branch.factored:
-                    branch.kernel.run = spec.kernel.run
             if spec.algorithm != before.algorithm:
                 self._make_transforms()
             if (spec.precision, spec.algorithm) != (before.precision, before.algorithm):
                 self._make_ranges(rngs)
+            self._specify_kernels(rngs)
             return
         if spec.start == "relinear" and before.neuron != "linear":
             raise UserError(f"start='relinear': the layer is {before.neuron!r}, not linear")
@@ -300,7 +304,7 @@ class Layer(nnx.Module):
             branch_norms = tuple(branch.norm.arrays() for branch in branches)
             static = dataclasses.replace(static, branch_epsilon=branches[0].norm.epsilon)
         return static, dict(
-            kernels=tuple(branch.value() for branch in branches),
+            kernels=tuple(branch.drawn() for branch in branches),
             biases=biases,
             branch_norms=branch_norms,
             ranges=precisions.arrays(self.ranges, self.spec.branches) | self.learned_transforms(),
@@ -336,7 +340,19 @@ class Layer(nnx.Module):
                 branch.norm.update(batch)
         if norm is not None:
             norm.update(statistics.outer)
+        for branch in self.branches:
+            if branch.factored:
+                branch.kernel.count()
         return y
+
+    @property
+    def penalty(self) -> Array | None:
+        """What the lasso of factorized kernels adds to the loss, None where there is none."""
+        form = self.spec.kernel
+        if form == factorization.DENSE or not form.lasso:
+            return None
+        values = [branch.value() for branch in self.branches]
+        return form.lasso * sum(factorization.rank_lasso(v.network, v.cores) for v in values)
 
     def __call__(self, x: Array) -> Array:
         """x `(N, *spatial, in_features)` to `(N, *spatial', features)`."""
@@ -461,6 +477,8 @@ def layer_norm_act(
         layer.prepare(layer, x)
     if wanted("norms"):
         add("norms", layer, norm)
+    if wanted("penalties") and (penalty := layer.penalty) is not None:
+        add("penalties", layer, penalty)
     whole = norm is None or isinstance(norm, norms.BatchNorm)
     if isinstance(norm, norms.BatchNorm) and norm.num_features != geometry.features:
         raise UserError(

@@ -67,6 +67,10 @@ class Branch(nnx.Module):
         """The kernel as `ops` take it."""
         return self.kernel.value() if self.factored else self.kernel[...]
 
+    def drawn(self) -> Array | Factored:
+        """The same as a call computes with it: a factorized one with its dropout."""
+        return self.kernel.dropped(self.kernel.value()) if self.factored else self.value()
+
     def dense(self) -> Array:
         """The kernel as an array."""
         return factorization.dense(self.value())
@@ -76,8 +80,7 @@ class Branch(nnx.Module):
         if isinstance(self.kernel, kernels.Joint):
             raise UserError("a kernel that layers share cannot be set for one of them alone")
         if self.factored:
-            found = factorization.decompose(form, self.kernel.network, kernel)
-            self.kernel = kernels.Kernel(self.kernel.network, self.kernel.run, found)
+            self.kernel.take(factorization.decompose(form, self.kernel.network, kernel))
         else:
             self.kernel[...] = kernel
 
@@ -230,7 +233,7 @@ def _keep(neuron: Neuron, spec: LayerSpec, before: Mapping[str, Branch] | None) 
 
 def _set_kernel(branch: Branch, old: Branch, spec: LayerSpec) -> None:
     if branch.factored and old.factored and branch.kernel.network == old.kernel.network:
-        branch.kernel = kernels.Kernel(old.kernel.network, spec.kernel.run, old.value().cores)
+        branch.kernel.take(old.value().cores)
     else:
         form = spec.kernel.form if branch.factored else ""
         branch.set_dense(old.dense(), form)

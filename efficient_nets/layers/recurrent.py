@@ -10,6 +10,7 @@ from flax import nnx
 from jax import Array, lax
 
 from efficient_nets.errors import UserError
+from efficient_nets.layers import kernel as kernels
 from efficient_nets.layers import precision as precisions
 from efficient_nets.layers.collect import collecting_nothing
 from efficient_nets.layers.geometry import Initializer
@@ -216,6 +217,10 @@ def _for_steps(layer: Dense, positions: int) -> Dense:
     layer.watch = layer.prepare = None
     for found in (layer.ranges or {}).values():
         found.use_running_average = True
+    for branch in layer.branches:
+        if branch.factored:  # one draw for all steps (Gal and Ghahramani, arXiv 1512.05287)
+            found = branch.drawn()
+            branch.kernel = kernels.Kernel(found.network, found.run, found.cores)
     if layer.branches[0].factored and _reconstructs(layer, positions):
         for branch in layer.branches:
             branch.kernel = nnx.Param(branch.dense())
@@ -223,6 +228,6 @@ def _for_steps(layer: Dense, positions: int) -> Dense:
 
 
 def _reconstructs(layer: Dense, positions: int) -> bool:
-    kernels = [branch.kernel for branch in layer.branches]
-    plans = [factorization.plan(k.network, k.run, (positions, positions)) for k in kernels]
+    own = [branch.kernel for branch in layer.branches]
+    plans = [factorization.plan(k.network, k.run, (positions, positions)) for k in own]
     return layer.spec.precision.kernel is not None or any(found.reconstructs for found in plans)

@@ -120,6 +120,11 @@ class LayerSpec:
                 f"joint={self.joint!r} with start='relinear': a branch that starts at 0 would take "
                 "cores that it shares with none; convert first, and join with start='kept'"
             )
+        if self.joint and (self.kernel.dropout or self.kernel.lasso):
+            raise UserError(
+                f"joint={self.joint!r} with kernel='{self.kernel}': cores that layers share have "
+                "neither dropout nor lasso; leave these out"
+            )
         if "form" in self.parts.reads:
             raise UserError(
                 f"kernel='{self.kernel}' with neuron={self.neuron!r}: its branches are forms of a "

@@ -1,6 +1,7 @@
 """A config as the text of a config file: what differs from the defaults, and nothing else."""
 
-from collections.abc import Mapping
+import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -31,6 +32,12 @@ def source(config: ConfigDict, docstring: str) -> str:
         for field, inner in value.items():
             lines += _assignment(f"config.{name}.{field}", inner, defaults[name][field])
     return "\n".join([*lines, f"{INDENT}return config", ""])
+
+
+def write(path: pathlib.Path, config: ConfigDict, lines: Sequence[str]) -> None:
+    """`source` as a file, its folder made if it is not there; `lines` are the docstring's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(source(config, "\n".join(lines)))
 
 
 def _model(model: ConfigDict) -> list[str]:

@@ -21,33 +21,38 @@ def write_config(config: ConfigDict, report: dict[str, Any], workdir: pathlib.Pa
     """built_config.py, which trains the net from its cores."""
     path = workdir / "built_config.py"
     share = report["factorized_cost"]["params"] / report["dense_cost"]["params"]
-    docstring = "\n".join(
-        [
-            f"Factorized kernels of a trained net, with {share:.2%} of its parameters.",
-            "",
-            f"    python -m efficient_nets.main --config={path} --workdir={workdir / 'built'}",
-            "",
-            "Ranks by --mode=decompose; trained from the cores of the net that was decomposed.",
-            "",
-        ]
+    lines = (
+        f"Factorized kernels of a trained net, with {share:.2%} of its parameters.",
+        "",
+        f"    python -m efficient_nets.main --config={path} --workdir={workdir / 'built'}",
+        "",
+        "Ranks by --mode=decompose; trained from the cores of the net that was decomposed.",
+        "",
     )
-    workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(config_file.source(config, docstring))
+    config_file.write(path, config, lines)
 
 
 def table(report: dict[str, Any]) -> str:
     """A line a layer, and what becomes of the net; errors are relative, in Frobenius norms."""
-    rows = [HEADER]
+    rows = []
     for name, found in report["layers"].items():
         share = found["params"] / found["dense_params"]
         rows.append(
             (name, found["kernel"], f"{found['params']:,}", f"{share:.1%}", f"{found['error']:.3f}")
         )
     rows += [(name, "dense: no gain", "", "", "") for name in report["dense"]]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
+    found = verdict(
+        report["dense_cost"], report["factorized_cost"], report["before"], report["after"]
+    )
+    return ruled(HEADER, rows, found)
+
+
+def ruled(header: tuple[str, ...], rows: list[tuple[str, ...]], verdict: str) -> str:
+    """A table of lines, two columns of words and others of numbers, with rules around them."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = ["  ".join(_aligned(row, widths)).rstrip() for row in (header, *rows)]
     rule = "-" * max(map(len, lines))
-    return "\n".join([lines[0], rule, *lines[1:], rule, _verdict(report)])
+    return "\n".join([lines[0], rule, *lines[1:], rule, verdict])
 
 
 def _aligned(row, widths) -> list[str]:
@@ -55,15 +60,15 @@ def _aligned(row, widths) -> list[str]:
     return [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(pairs)]
 
 
-def _verdict(report: dict[str, Any]) -> str:
-    dense, factorized = report["dense_cost"], report["factorized_cost"]
+def verdict(large: dict, small: dict, before: dict, after: dict) -> str:
+    """What becomes of a net: its costs, and its scores while nothing is trained."""
     counts = "  ".join(
-        f"{name} {factorized[key]:,} of {dense[key]:,}"
+        f"{name} {small[key]:,} of {large[key]:,}"
         for name, key in (("parameters", "params"), ("MACs", "macs"))
     )
     scores = "  ".join(
-        f"{name} {report['before'][name]:.2%} before, {report['after'][name]:.2%} after"
-        for name in report["before"]
+        f"{name} {before[name]:.2%} before, {after[name]:.2%} after"
+        for name in before
         if name.endswith("accuracy")
     )
     return f"{counts}\n{scores}, nothing being trained"

@@ -12,7 +12,9 @@ from efficient_nets.ops.factorization.factored import Factored, dense
 from efficient_nets.ops.factorization.joint import layer_network, layer_of, scale_layers
 from efficient_nets.ops.factorization.lookup import lookup, lookup_cost
 from efficient_nets.ops.factorization.network import Cores, Network, core_scale, reconstruct
-from efficient_nets.ops.factorization.selection import of_kernel, with_ranks
+from efficient_nets.ops.factorization.pruning import contributions, pruned, pruned_together
+from efficient_nets.ops.factorization.regularization import dropped, rank_lasso
+from efficient_nets.ops.factorization.selection import of_kernel, of_network, with_ranks
 from efficient_nets.ops.factorization.spec import DENSE, Factorization, parse
 
 __all__ = [
@@ -21,17 +23,23 @@ __all__ = [
     "Factored",
     "Factorization",
     "Network",
+    "contributions",
     "core_scale",
     "decompose",
     "dense",
+    "dropped",
     "factorized_map",
     "layer_network",
     "layer_of",
     "lookup",
     "lookup_cost",
     "of_kernel",
+    "of_network",
     "parse",
     "plan",
+    "pruned",
+    "pruned_together",
+    "rank_lasso",
     "reconstruct",
     "relative_error",
     "scale_layers",

@@ -17,19 +17,26 @@ def trimmed(network: Network) -> Network:
     More adds parameters and no tensors. A bond of more than two cores, as CP has, stays: the rank
     of a tensor may be above its sizes.
     """
-    while True:
-        for bond in free_bonds(network):
-            owners = [indices for _, indices in network.cores if bond in indices]
-            if len(owners) > 2:
-                continue
-            most = min(
-                network.size(*(i for i in indices if i not in (bond, "n"))) for indices in owners
-            )
-            if most < network.size(bond):
-                network = network.with_sizes({bond: most})
-                break
-        else:
-            return network
+    while (found := excess(network)) is not None:
+        bond, _, most = found
+        network = network.with_sizes({bond: most})
+    return network
+
+
+def excess(network: Network) -> tuple[str, str, int] | None:
+    """The first bond to be trimmed, the core with the least rest, and the size of that rest."""
+    for bond in free_bonds(network):
+        owners = {name: indices for name, indices in network.cores if bond in indices}
+        if len(owners) > 2:
+            continue
+        spans = {
+            name: network.size(*(i for i in indices if i not in (bond, "n")))
+            for name, indices in owners.items()
+        }
+        owner = min(spans, key=spans.get)
+        if spans[owner] < network.size(bond):
+            return bond, owner, spans[owner]
+    return None
 
 
 def of_numbers(network: Network, ranks: Sequence[int]) -> Network:

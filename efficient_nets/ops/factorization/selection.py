@@ -28,8 +28,15 @@ def with_ranks(form: Factorization, kernels: Sequence[Array], layers: int = 0) -
     if form.of_kernel:
         networks = [of_kernel(network, kernel, form.rank, form.energy) for kernel in kernels]
     bonds = ranks.free_bonds(network)
-    sizes = tuple(max(other.size(bond) for other in networks) for bond in bonds)
-    return dataclasses.replace(form, rank=sizes, energy=0.0)
+    largest = {bond: max(other.size(bond) for other in networks) for bond in bonds}
+    return of_network(form, network.with_sizes(largest))
+
+
+def of_network(form: Factorization, network: Network) -> Factorization:
+    """The same with the sizes of this network, one of the form's, as numbers."""
+    sizes = tuple(network.size(bond) for bond in ranks.free_bonds(network))
+    blocks = network.size("n") if form.blocks else 0
+    return dataclasses.replace(form, rank=sizes, energy=0.0, blocks=blocks)
 
 
 def of_kernel(network: Network, kernel: Array, rank: str, energy: float) -> Network:

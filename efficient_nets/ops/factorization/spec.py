@@ -12,6 +12,8 @@ Short forms are 'dense', or a form, its rank and options, with commas between:
     bt:0.1,blocks=4      blocks of a block-term form
     tt:8,run=factorized  how it is computed, see `RUNS`
     tt:8,always          also where it has more parameters than the dense kernel
+    tt:8,dropout=0.1     tensor dropout: in training a tenth of each bond's indices is left out
+    tt:8,lasso=0.01      in training the loss has this factor times the lasso of the bonds' indices
 
 The long form is a mapping with the fields of `Factorization`.
 """
@@ -54,6 +56,9 @@ class Factorization:
         `modes.balanced` if empty.
       run: A key of `RUNS`.
       always: Whether a kernel is factorized that has fewer parameters dense; else it stays dense.
+      dropout: Probability with which an index of a bond is left out of a training step, see
+        `regularization.dropped`; in evaluation all are there.
+      lasso: Factor of `regularization.rank_lasso` in the loss of training.
     """
 
     form: str
@@ -66,6 +71,8 @@ class Factorization:
     out_modes: tuple[int, ...] = ()
     run: str = "auto"
     always: bool = False
+    dropout: float = 0.0
+    lasso: float = 0.0
 
     def __post_init__(self):
         names.pick("kernel.form", self.form, forms.FORMS)
@@ -103,6 +110,14 @@ class Factorization:
         names.pick("kernel.run", self.run, RUNS)
         if not isinstance(self.always, bool):
             raise UserError(f"kernel.always={self.always!r}: allowed True, False")
+        for field, most, allowed in (
+            ("dropout", 1, "a probability from 0 on, below 1"),
+            ("lasso", math.inf, "a finite number from 0 on"),
+        ):
+            given = getattr(self, field)
+            if type(given) not in (int, float) or not 0 <= given < most:
+                raise UserError(f"kernel.{field}={given!r}: allowed {allowed}")
+            object.__setattr__(self, field, float(given))
         if type(self.order) is not int or not 0 <= self.order <= 8:
             raise UserError(f"kernel.order={self.order!r}: allowed 0 (the form's own), 1 to 8")
         for field in ("in_modes", "out_modes"):
@@ -125,6 +140,8 @@ class Factorization:
             parts += [f"{name}={'x'.join(map(str, given))}"] if given else []
         parts += [f"run={self.run}"] if self.run != "auto" else []
         parts += ["always"] if self.always else []
+        for field in ("dropout", "lasso"):
+            parts += [f"{field}={getattr(self, field)}"] if getattr(self, field) else []
         return ",".join(parts)
 
     @property
@@ -201,10 +218,12 @@ def _short_form(text: Any) -> dict[str, Any]:
             new = {key: int(value)}
         elif key in ("layout", "run") and value:
             new = {key: value}
+        elif key in ("dropout", "lasso") and value:
+            new = {key: _number(text, key, value)}
         else:
             raise UserError(
                 f"kernel={text!r}: {option!r} is not understood; allowed are order=, in=, out=, "
-                "layout=, blocks=, run=, always"
+                "layout=, blocks=, run=, always, dropout=, lasso="
             )
         if new.keys() & found.keys():
             raise UserError(f"kernel={text!r}: {key!r} is given twice")
@@ -227,6 +246,13 @@ def _rank(text: str, rank: str) -> dict[str, Any]:
             f"kernel={text!r}: {rank!r} is no rank; give one such as 8, 4x6x4, 0.1, same, evbmf, "
             "energy=0.9"
         ) from None
+
+
+def _number(text: str, key: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise UserError(f"kernel={text!r}: {key}={value!r} is no number") from None
 
 
 def _numbers(text: str, value: str) -> tuple[int, ...]:
