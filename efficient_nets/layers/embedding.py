@@ -105,9 +105,9 @@ class Embedding(Layer):
         """Of `layer_norm_act`, which is for floating inputs."""
         raise UserError("an Embedding is called by itself, its norm and activation behind it")
 
-    def respecify(self, spec: LayerSpec, rngs: nnx.Rngs) -> None:
+    def respecify(self, spec: LayerSpec, rngs: nnx.Rngs, *, joins: bool = False) -> None:
         _check(spec)
-        super().respecify(spec, rngs)
+        super().respecify(spec, rngs, joins=joins)
 
     def remove(self, rngs: nnx.Rngs) -> None:
         raise UserError("an Embedding cannot be removed: nothing else makes vectors of its ids")
