@@ -29,8 +29,13 @@ class Kernel(nnx.Module):
             setattr(self, name, nnx.Param(core))
 
     def value(self) -> Factored:
-        cores = {name: getattr(self, name)[...] for name, _ in self.network.cores}
+        """The cores as they are held; `Layer.value` rounds them."""
+        cores = {name: core[...] for name, core in self.cores.items()}
         return Factored(self.network, self.run, cores)
+
+    @property
+    def cores(self) -> dict[str, nnx.Variable]:
+        return {name: getattr(self, name) for name, _ in self.network.cores}
 
 
 def resolved(geometry: Geometry, spec: LayerSpec, kept: Mapping[str, Array]) -> Factorization | str:

@@ -4,6 +4,8 @@ The map of the inputs runs for all steps at once, in front of the scan; that of 
 each. `convert` finds them as `input` and `hidden` behind the module's own path.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -13,6 +15,7 @@ from efficient_nets.errors import UserError
 from efficient_nets.layers import precision as precisions
 from efficient_nets.layers.collect import collecting_nothing
 from efficient_nets.layers.geometry import Initializer
+from efficient_nets.layers.kernel import Kernel
 from efficient_nets.layers.linear import Dense, layer_norm_act, lecun_normal
 from efficient_nets.layers.spec import LayerSpec
 from efficient_nets.ops import factorization, linear_maps
@@ -211,14 +214,23 @@ def _for_steps(layer: Dense, positions: int) -> Dense:
 
     Cores become the dense kernel where that takes fewer operations and bytes for all steps
     together, being made once, or where it is rounded; else the state goes from core to core.
+    These are rounded once.
     """
     layer = nnx.merge(*nnx.split(layer))
     layer.watch = layer.prepare = None
     for found in (layer.ranges or {}).values():
         found.use_running_average = True
-    if layer.branches[0].factored and _reconstructs(layer, positions):
-        for branch in layer.branches:
-            branch.kernel = nnx.Param(branch.dense())
+    if layer.branches[0].factored:
+        reconstructs = _reconstructs(layer, positions)
+        for name in layer.spec.branches:
+            kernel = layer.value(name)
+            getattr(layer, name).kernel = (
+                nnx.Param(factorization.dense(kernel))
+                if reconstructs
+                else Kernel(kernel.network, kernel.run, kernel.cores)
+            )
+        precision = dataclasses.replace(layer.spec.precision, core=None)
+        layer.spec = dataclasses.replace(layer.spec, precision=precision)
     return layer
 
 

@@ -108,6 +108,11 @@ class LayerSpec:
 
     def _check_kernel(self) -> None:
         if self.kernel == factorization.DENSE:
+            if self.precision.core is not None:
+                raise UserError(
+                    "precision.core with kernel='dense', which has no cores: give a kernel such as "
+                    "'tt:8', or round the kernel itself, precision.kernel"
+                )
             return
         if "form" in self.parts.reads:
             raise UserError(
@@ -131,6 +136,13 @@ class LayerSpec:
                     f"kernel='{self.kernel}' with algorithm='{self.algorithm}': that transforms "
                     "the whole kernel; leave out run=factorized"
                 )
+
+    def with_kernel(self, kernel: Factorization | str) -> "LayerSpec":
+        """The same with another kernel; a dense one has no cores to round."""
+        kept = self.precision
+        if kernel == factorization.DENSE:
+            kept = dataclasses.replace(kept, core=None)
+        return dataclasses.replace(self, kernel=kernel, precision=kept)
 
     @property
     def parts(self) -> neurons.Neuron:
