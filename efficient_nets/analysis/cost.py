@@ -20,6 +20,7 @@ from efficient_nets.layers.winograd import is_transformable, transform_layer
 from efficient_nets.ops import factorization, forms, packing, quantizers, tproduct
 from efficient_nets.ops.factorization import Network
 from efficient_nets.ops.quantizers import Arrays, Quantizer
+from efficient_nets.ops.quantizers.spec import CORE
 from efficient_nets.ops.winograd import WinogradMap
 
 
@@ -36,8 +37,8 @@ class LayerCost:
       output_shape: The same of its output.
       neuron, norm, kernel, algorithm, precision: Members of the axes, see `layers.LayerSpec`; of a
         TDense, which has no axes, kernel is 't-product' and algorithm the transform.
-      bits: Bits of a weight: those of its codes where it is rounded, those of the parameters' type
-        where not, or where a schedule stops it in the end.
+      bits: Bits of a weight: those of its codes where it is rounded, or its cores are, those of the
+        parameters' type where not, or where a schedule stops it in the end.
       input_bits: The same of what it is multiplied with. Under Winograd's algorithm both are those
         of the transformed values, where these are rounded.
       output_bits, gradient_bits: Of the neuron's value, and of what the linear maps get back in
@@ -45,8 +46,8 @@ class LayerCost:
       params: Its own parameters: kernels, biases, branch norms, and what its quantizers learn.
         Cores that layers share count, here and in the bytes, for the one that is called first.
       bytes: What all its arrays take in training: these, and running averages and observed ranges.
-      packed_bytes: What they take in the file of `deploy.save`: each kernel as codes of `bits` bits
-        with their table of values and scales, and all else that the net computes with.
+      packed_bytes: What they take in the file of `deploy.save`: each kernel, or core, as codes of
+        `bits` bits with their table of values and scales, and all else that the net computes with.
       macs: Multiply-accumulates of the linear maps and multiplications of squares, forms and the
         neuron's products, over all calls, and over all steps of a recurrent layer. Under Winograd's
         algorithm those over the channels, a^2 a tile; the transforms are additions and are not
@@ -55,7 +56,9 @@ class LayerCost:
         `ops.tproduct.multiplications`. Of an Embedding those that contract the cores of
         its rows, none where run='reconstructed' makes the table, and the map of each `attend`.
       bops: Bit operations, over all calls: the product of both operands' bits for each of the MACs.
-        A square has twice the input's bits; branches are multiplied with each other in float.
+        A square has twice the input's bits; branches are multiplied with each other in float. What
+        rounded cores make is in float, and so is all that they are multiplied with, as little of it
+        is the input.
     """
 
     name: str
@@ -166,6 +169,9 @@ def _layer_cost(path: str, layer: Layer, input_shape, output_shape, owns: bool) 
         run = "reconstructed" if geometry.groups > 1 else kernel.run
         before = math.prod(input_shape[:-1])
         factorized = _core_multiplications(kernel.network, run, before, positions)
+    held_bits = rounded.get(sites[0], rounded.get(CORE, of_float))
+    if factorized and CORE in rounded:
+        bits, input_bits, square_bits = held_bits, of_float, of_float
     products = [
         (
             each * math.prod(geometry.kernel_shape[-2:])
@@ -193,8 +199,8 @@ def _layer_cost(path: str, layer: Layer, input_shape, output_shape, owns: bool) 
         kernel=f"{spec.kernel}, {spec.joint}" if spec.joint else str(spec.kernel),
         algorithm=str(spec.algorithm),
         precision=str(spec.precision),
-        bits=bits,
-        input_bits=input_bits,
+        bits=held_bits,
+        input_bits=rounded.get(sites[1], of_float),
         output_bits=rounded.get("output", 0),
         gradient_bits=rounded.get("gradient", 0),
         params=_params(layer) - sum(map(_params, others)),
@@ -292,6 +298,8 @@ def _packed_bytes(module: nnx.Module, owns: bool = True) -> int:
     size = _bytes(module) - sum(map(_bytes, _shared(module).values()))
     for _, layer in layers(module):
         of_kernels = {layer.kernel_range(name): name for name in layer.spec.branches}
+        whole = getattr(layer.spec.precision, layer.kernel_site)
+        cores = layer.cores if whole is None or whole.stop_epoch else {}
         for name, found in (layer.ranges or {}).items():
             arrays = nnx.to_pure_dict(nnx.state(found))
             size -= _size(arrays)
@@ -299,7 +307,10 @@ def _packed_bytes(module: nnx.Module, owns: bool = True) -> int:
                 {name: arrays[name] for name in names} for names in (found.learned, found.observed)
             )
             end = quantizers.settled(found.quantizer, Arrays(learned, observed))
-            if end is None:
+            if end is None or (found.quantizer.site == CORE and name not in cores):
+                continue  # it goes, as do cores whose kernel is rounded too
+            if name in cores:
+                size += _packed_kernel(cores[name], *end) - _size(cores[name])
                 continue
             if name not in of_kernels:
                 size += _size(end[1])
@@ -344,4 +355,7 @@ def _packed_kernel(kernel, quantizer: Quantizer, arrays: Arrays) -> int:
         _, kept = quantizers.stored(quantizer, arrays, rounded)
     table = packing.table_shape(quantizer, kernel.shape, dtype)
     indices = packing.packed_size(math.prod(kernel.shape), quantizer.bits)
-    return indices + math.prod(table) * dtype.itemsize + _size(kept)
+    packed = indices + math.prod(table) * dtype.itemsize
+    if quantizer.site == CORE:  # small ones are not packed
+        packed = min(packed, math.prod(kernel.shape) * dtype.itemsize)
+    return packed + _size(kept)

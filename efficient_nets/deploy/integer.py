@@ -1,14 +1,18 @@
 """Rounded layers in integer arithmetic: kernels as whole numbers, sums in int32."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from efficient_nets import layers, names
+from efficient_nets.layers.precision import core_name
 from efficient_nets.layers.winograd import is_transformable, transform_layer
 from efficient_nets.ops import branch_maps, factorization, packing, quantizers
 from efficient_nets.ops.quantizers import Quantizer
+from efficient_nets.ops.quantizers.spec import CORE
 
 OPERANDS = {
     "int8": "kernels in int8, and int8 times int8 where the input's codes fit too",
@@ -27,8 +31,10 @@ def to_integers(model: nnx.Module, *, settle: bool = False, operands: str = "int
     for bit what it gave before. A kernel of a method without such a grid becomes its rounded
     values, and so does one whose schedule is not over, which may add another rounding of float32.
     Where a layer rounds transformed kernels it holds these, see `layers.transform_kernels`.
-    Neither can be trained. Where a schedule has stopped a quantizer, nothing is rounded, and its
-    ranges are gone.
+    Rounded cores become whole numbers and scales in the same way, but are contracted in floating
+    point: their products have more bits than they. Where what they make is rounded too, they go.
+    None of these can be trained. Where a schedule has stopped a quantizer, nothing is rounded, and
+    its ranges are gone.
 
     Args:
       model: The trained net; it is left as it is.
@@ -51,8 +57,9 @@ def to_integers(model: nnx.Module, *, settle: bool = False, operands: str = "int
         site = layer.kernel_site
         if getattr(layer.spec.precision, site) is not None:
             reads = "input" if site == "kernel" else "transformed_input"
-            stored = _store(layer, operands, getattr(layer.spec.precision, reads))
-            _set_sites(layer, {site: stored})
+            _store(layer, site, operands, getattr(layer.spec.precision, reads))
+        elif layer.spec.precision.core is not None:
+            _store_cores(layer)
     return model
 
 
@@ -95,26 +102,47 @@ def _kernel_type(kernel: Quantizer, operands: str, of_input: Quantizer | None) -
     return packing.narrowest(quantizers.code_bounds(kernel), able)
 
 
-def _store(layer: layers.Layer, operands: str, of_input: Quantizer | None) -> Quantizer | None:
-    """Puts what is computed with in place of the kernels; gives the quantizer that reads it."""
-    stored = None
-    for name, branch in zip(layer.spec.branches, layer.branches, strict=True):
-        found = layer.ranges[layer.kernel_range(name)]
-        arrays, quantizer = found.arrays(), found.quantizer
-        if quantizer.method == "stored":
-            stored, dtype = quantizer, _kernel_type(quantizer, operands, of_input)
-            branch.kernel = layers.Codes(branch.kernel[...].astype(dtype))
-            continue
-        rounded = quantizers.rounded(quantizer, branch.dense(), arrays)
-        if rounded.codes is None or quantizer.pauses:
-            branch.kernel = nnx.Param(quantizers.value(rounded))
-            continue
-        dtype = _kernel_type(quantizer, operands, of_input)
-        branch.kernel = layers.Codes(rounded.codes.astype(dtype))
-        stored, arrays = quantizers.stored(quantizer, arrays, rounded)
-        found.quantizer = stored
-        found.set(arrays)
-    layer.spec = dataclasses.replace(layer.spec, kernel=factorization.DENSE)
+def _store(layer: layers.Layer, site: str, operands: str, of_input: Quantizer | None) -> None:
+    """Puts what is computed with in place of the kernels."""
+    names = [layer.kernel_range(name) for name in layer.spec.branches]
+    kernels = [factorization.dense(layer.value(name)) for name in layer.spec.branches]
+    _drop_ranges(layer, layer.cores)
+    for branch, name, kernel in zip(layer.branches, names, kernels, strict=True):
+        branch.kernel = _stored(layer.ranges[name], kernel, operands, of_input)
+    layer.spec = layer.spec.with_kernel(factorization.DENSE)
+    _set_stored(layer, site, names)
+
+
+def _store_cores(layer: layers.Layer) -> None:
+    """The same of the cores, which stay cores."""
+    names = list(layer.cores)
+    for branch in layer.spec.branches:
+        kernel = getattr(layer, branch).kernel
+        for core, held in kernel.cores.items():
+            found = layer.ranges[core_name(branch, core)]
+            setattr(kernel, core, _stored(found, held, "int8", None))
+    _set_stored(layer, CORE, names)
+
+
+def _stored(
+    found: layers.Range, held: Array, operands: str, of_input: Quantizer | None
+) -> nnx.Variable:
+    """What is held as codes, the range becoming that of these; as values where it has none."""
+    arrays, quantizer = found.arrays(), found.quantizer
+    if quantizer.method == "stored":
+        return layers.Codes(held.astype(_kernel_type(quantizer, operands, of_input)))
+    rounded = quantizers.rounded(quantizer, held, arrays)
+    if rounded.codes is None or quantizer.pauses:
+        return nnx.Param(quantizers.value(rounded))
+    found.quantizer, arrays = quantizers.stored(quantizer, arrays, rounded)
+    found.set(arrays)
+    return layers.Codes(rounded.codes.astype(_kernel_type(quantizer, operands, of_input)))
+
+
+def _set_stored(layer: layers.Layer, site: str, names: Sequence[str]) -> None:
+    """The site's quantizer is that of its ranges now, none where values are held."""
+    quantizer = layer.ranges[names[-1]].quantizer
+    stored = quantizer if quantizer.method == "stored" else None
     if stored is None:
-        _drop_ranges(layer, [layer.kernel_range(name) for name in layer.spec.branches])
-    return stored
+        _drop_ranges(layer, names)
+    _set_sites(layer, {site: stored})

@@ -1,12 +1,12 @@
 """Nets for use as files: weights as bits, everything else in its own type.
 
 The format is safetensors: other programs can read it, and reading it runs nothing. A rounded kernel
-of L levels is two arrays there: `NAME`, packed indices (see `ops.packing`), and `NAME:values`, what
-the indices stand for, `(G, L)`: one row for all channels, or one for each of G groups of them.
-Which of these follows from the quantizer, not from the values; a row that takes fewer values
-repeats its last. A kernel without a quantizer that has so few values a feature that this is smaller
-is written so too. The file's metadata have each one's shape, bits, and
-the axes that its groups cut.
+or core of L levels is two arrays there: `NAME`, packed indices (see `ops.packing`), and
+`NAME:values`, what the indices stand for, `(G, L)`: one row for all channels, or one for each of G
+groups of them. Which of these follows from the quantizer, not from the values; a row that takes
+fewer values repeats its last. A kernel without a quantizer that has so few values a feature that
+this is smaller is written so too. The file's metadata have each one's shape, bits, and the axes
+that its groups cut.
 """
 
 import functools
@@ -24,8 +24,10 @@ from safetensors import safe_open
 from efficient_nets import layers, paths
 from efficient_nets.deploy.integer import is_settled, to_integers
 from efficient_nets.errors import UserError
+from efficient_nets.layers.kernel import Kernel
 from efficient_nets.ops import packing
 from efficient_nets.ops.quantizers import Quantizer, groups
+from efficient_nets.ops.quantizers.spec import CORE
 
 VALUES = ":values"
 SAVED = nnx.Not(nnx.RngState)  # keys of dropout and the like: in evaluation nothing asks for them
@@ -45,10 +47,15 @@ def save(model: nnx.Module, path: pathlib.Path | str) -> int:
     check_settled(model)
     whole, of_kernels = to_integers(model), {}
     for (where, layer), (_, used) in zip(layers.layers(model), layers.layers(whole), strict=True):
-        quantizer = getattr(layer.spec.precision, used.kernel_site)
-        quantizer = None if quantizer is None or quantizer.stop_epoch else quantizer
         for branch in layer.spec.branches:
-            of_kernels[f"{where}/{branch}/kernel".removeprefix("/")] = quantizer
+            kernel, site = getattr(used, branch).kernel, used.kernel_site
+            name = f"{where}/{branch}/kernel".removeprefix("/")
+            names = [name]
+            if isinstance(kernel, Kernel):
+                names, site = [f"{name}/{core}" for core in kernel.cores], CORE
+            quantizer = getattr(layer.spec.precision, site)
+            quantizer = None if quantizer is None or quantizer.stop_epoch else quantizer
+            of_kernels |= dict.fromkeys(names, quantizer)
     arrays, packed = {}, {}
     for name, value in _leaves(whole).items():
         if name not in of_kernels:
@@ -135,7 +142,8 @@ def _grouped(value: np.ndarray, cuts: Sequence[tuple[int, int]]) -> np.ndarray:
 def _packed(value: np.ndarray, quantizer: Quantizer | None):
     """Packed indices, the table of values that they stand for, and the entry in the metadata.
 
-    None where there is no quantizer, and the kernel as it is takes no more.
+    None where the kernel as it is takes no more: if there is no quantizer, or of cores, as small
+    ones have fewer numbers than a table.
     """
     if quantizer is not None and quantizer.method == "stored":  # it does not say where zero lies
         quantizer = quantizer if len(np.unique(value)) <= quantizer.levels else None
@@ -162,6 +170,7 @@ def _packed(value: np.ndarray, quantizer: Quantizer | None):
         indices[where] = np.searchsorted(found, own)
         table.append(np.pad(found, (0, levels - len(found)), mode="edge"))
     codes, table = packing.pack(indices, bits), np.stack(table)
-    if quantizer is None and codes.nbytes + table.nbytes >= value.nbytes:
+    small = quantizer is None or quantizer.site == CORE
+    if small and codes.nbytes + table.nbytes >= value.nbytes:
         return None
     return codes, table, {"bits": bits, "shape": value.shape, "cuts": cuts}

@@ -17,7 +17,7 @@ def calibrate(model: nnx.Module, *inputs, how: str = "own") -> nnx.Module:
     """A copy whose quantizers have ranges for these inputs.
 
     Each one gets its arrays from the values that reach it when nothing in the net is rounded; those
-    of kernels, from the kernels. Norms do as the model's mode says: `model.eval()` first for a
+    of kernels and cores, from these. Norms do as the model's mode says: `model.eval()` first for a
     trained net. Layers inside of `nnx.remat`, `nnx.scan` and the like cannot be reached.
 
     Args:
@@ -54,14 +54,15 @@ def calibrate(model: nnx.Module, *inputs, how: str = "own") -> nnx.Module:
         layer.spec = dataclasses.replace(layer.spec, precision=FLOAT)
         layer.ranges = nnx.data(None)
     plain(*inputs)
+    unrounded = dict(rules.layers(plain))
 
     model = nnx.merge(*nnx.split(model))
     for path, layer in rules.layers(model):
         for name, range_ in (layer.ranges or {}).items():
             fitted = found.get(path, {}).get(name)
-            if fitted is None and name in layer.spec.branches:
-                kernel = getattr(layer, name).dense()
-                fitted = kernel, quantizers.calibrate(range_.quantizer, kernel, how)
+            held = unrounded[path].held(name)
+            if fitted is None and held is not None:
+                fitted = held, quantizers.calibrate(range_.quantizer, held, how)
             if fitted is not None:
                 values, arrays = fitted
                 # ReLinear starts some kernels at 0, which say nothing of a range.

@@ -38,11 +38,18 @@ class Kernel(nnx.Module):
             setattr(self, name, nnx.Param(core))
 
     @property
+    def variables(self) -> dict[str, nnx.Variable]:
+        return {name: getattr(self, name) for name, _ in self.network.cores}
+
+    @property
     def cores(self) -> dict[str, Array]:
-        return {name: getattr(self, name)[...] for name, _ in self.network.cores}
+        return {name: core[...] for name, core in self.variables.items()}
 
     def value(self, cores: factorization.Cores | None = None) -> Factored:
-        """The kernel as `ops` take it, of its own cores if none are given."""
+        """The kernel as `ops` take it, of its own cores if none are given.
+
+        They are as they are held; `Layer.value` rounds them.
+        """
         return Factored(self.network, self.run, self.cores if cores is None else cores)
 
     def specify(self, form: Factorization, rngs: nnx.Rngs) -> None:

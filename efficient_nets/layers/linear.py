@@ -1,7 +1,7 @@
 """Dense and Conv: the one layer, with its four axes given by a `LayerSpec`."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +27,7 @@ from efficient_nets.ops import (
 from efficient_nets.ops.precision import Precision
 
 lecun_normal = nnx.initializers.lecun_normal()
+AROUND = ("input", "output", "gradient")  # sites of a map that its kernels do not reach
 kaiming_normal = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
@@ -38,7 +39,8 @@ class Layer(nnx.Module):
       spec: Static `LayerSpec`.
       One `Branch` a branch of the neuron, under its name: `w` for linear, `a`, `b`, `c` for `ours`.
       bias: Of the combined value `(features,)`, in neurons that have it there, else None.
-      ranges: Arrays of the quantizers, by site and branch, else None; see `layers.precision`.
+      ranges: Arrays of the quantizers, by site, branch and core, else None; see
+        `layers.precision`.
       transforms: The learned matrices of Winograd's algorithm, such as `BT3` of 3 taps, else None.
       watch, prepare: Static; what each call is shown to, behind and in front of it, see
         `observe.watched`.
@@ -60,7 +62,7 @@ class Layer(nnx.Module):
         network = None
         if not self.spec.joint:  # else `joint.tie` makes the kernels, of dense ones of all layers
             kernel = kernels.resolved(self.geometry, self.spec, kept)
-            self.spec = dataclasses.replace(self.spec, kernel=kernel)
+            self.spec = self.spec.with_kernel(kernel)
             network = self._network(kernel)
         made = neurons.make(self.geometry, self.spec, rngs, network, before)
         for name, branch in made.branches.items():
@@ -106,7 +108,8 @@ class Layer(nnx.Module):
         """Gives this layer another spec; its parameters stay where they can.
 
         They are made anew, by `spec.start`, if the new spec stores other ones or names a start.
-        Where kernels are kept, ranges of input, output and gradient with the same quantizer are.
+        Where kernels are kept, ranges of input, output and gradient with the same quantizer are;
+        where cores are, theirs.
 
         Args:
           spec: The new one.
@@ -120,7 +123,7 @@ class Layer(nnx.Module):
             raise UserError("its kernels are transformed, for use: they have no other form again")
         before = self.spec
         if spec.start == "own" and not spec.joint:  # whose ranks are numbers
-            spec = dataclasses.replace(spec, kernel=kernels.resolved(self.geometry, spec, {}))
+            spec = spec.with_kernel(kernels.resolved(self.geometry, spec, {}))
         stays = spec.start == "own" and self._stores(before, spec)
         if not (stays or joins):
             _check_joined(spec)
@@ -131,7 +134,9 @@ class Layer(nnx.Module):
             if spec.algorithm != before.algorithm:
                 self._make_transforms()
             if (spec.precision, spec.algorithm) != (before.precision, before.algorithm):
+                ranges = self.ranges or {}
                 self._make_ranges(rngs)
+                self._keep_ranges(ranges, self.cores)
             self._specify_kernels(rngs)
             return
         if spec.start == "relinear" and before.neuron != "linear":
@@ -148,7 +153,8 @@ class Layer(nnx.Module):
         self._make_branches(rngs, old if spec.start in ("relinear", "kept") else None)
         if spec.start == "kept":
             self.bias = bias
-            self._keep_ranges(ranges or {})
+            cores = self.cores if self._stores(before, self.spec) else ()
+            self._keep_ranges(ranges or {}, (*AROUND, *cores))
 
     def _stores(self, before: LayerSpec, after: LayerSpec) -> bool:
         """Whether both have the same parameters in the branches."""
@@ -163,13 +169,13 @@ class Layer(nnx.Module):
         """Those of kernels anew, which have changed; the others are kept."""
         ranges = self.ranges
         self._make_ranges(rngs)
-        self._keep_ranges(ranges or {})
+        self._keep_ranges(ranges or {}, AROUND)
 
-    def _keep_ranges(self, before: Mapping[str, precisions.Range]) -> None:
-        for site in ("input", "output", "gradient"):
-            own = (self.ranges or {}).get(site)
-            if own is not None and site in before and before[site].quantizer == own.quantizer:
-                self.ranges[site] = before[site]
+    def _keep_ranges(self, before: Mapping[str, precisions.Range], names: Iterable[str]) -> None:
+        for name in names:
+            own = (self.ranges or {}).get(name)
+            if own is not None and name in before and before[name].quantizer == own.quantizer:
+                self.ranges[name] = before[name]
 
     def remove(self, rngs: nnx.Rngs) -> None:
         """Makes this layer the least that its place allows.
@@ -274,9 +280,44 @@ class Layer(nnx.Module):
     def branches(self) -> list[neurons.Branch]:
         return [getattr(self, name) for name in self.spec.branches]
 
+    @property
+    def cores(self) -> dict[str, nnx.Variable]:
+        """Those of factorized kernels, by the key in `ranges` that a quantizer of them has."""
+        return {
+            precisions.core_name(name, core): variable
+            for name, branch in zip(self.spec.branches, self.branches, strict=True)
+            if isinstance(branch.kernel, kernels.Kernel)  # shared ones are not rounded
+            for core, variable in branch.kernel.variables.items()
+        }
+
+    def value(self, branch: str) -> Array | factorization.Factored:
+        """The kernel of a branch as `ops` take it, its cores rounded."""
+        kernel, quantizer = getattr(self, branch).value(), self.spec.precision.core
+        if quantizer is None or not isinstance(kernel, factorization.Factored):
+            return kernel
+        dtype = self.geometry.param_dtype  # cores of a net for use are whole numbers
+        rounded = {}
+        for name, core in kernel.cores.items():
+            found = self.ranges[precisions.core_name(branch, name)]
+            found = quantizers.rounded(found.quantizer, core, found.arrays())
+            rounded[name] = quantizers.value(found).astype(dtype)
+        return dataclasses.replace(kernel, cores=rounded)
+
+    def drawn(self, branch: str) -> Array | factorization.Factored:
+        """The same as a call computes with it, with the dropout of bonds."""
+        kernel, value = getattr(self, branch).kernel, self.value(branch)
+        return kernel.dropped(value) if isinstance(value, factorization.Factored) else value
+
+    def held(self, name: str) -> Array | None:
+        """What the layer has for the range of this name to round: a kernel, a core, or nothing."""
+        if name in self.spec.branches:
+            return factorization.dense(self.value(name))
+        core = self.cores.get(name)
+        return None if core is None else core[...]
+
     def rounded_kernel(self, branch: str) -> Array:
         """The kernel of a branch as it is computed with."""
-        kernel, quantizer = getattr(self, branch).dense(), self.spec.precision.kernel
+        kernel, quantizer = factorization.dense(self.value(branch)), self.spec.precision.kernel
         if quantizer is None:
             return kernel
         found = quantizers.rounded(quantizer, kernel, self.ranges[branch].arrays())
@@ -304,7 +345,7 @@ class Layer(nnx.Module):
             branch_norms = tuple(branch.norm.arrays() for branch in branches)
             static = dataclasses.replace(static, branch_epsilon=branches[0].norm.epsilon)
         return static, dict(
-            kernels=tuple(branch.drawn() for branch in branches),
+            kernels=tuple(map(self.drawn, self.spec.branches)),
             biases=biases,
             branch_norms=branch_norms,
             ranges=precisions.arrays(self.ranges, self.spec.branches) | self.learned_transforms(),
@@ -317,6 +358,10 @@ class Layer(nnx.Module):
         activation: Callable[[Array], Array] | None = None,
     ) -> Array:
         """`activation(norm(layer(x)))`: what `layer_norm_act` computes, x being checked."""
+        if self.observes and self.spec.precision.core is not None:
+            for name, core in self.cores.items():
+                found = self.ranges[name]
+                found.update(quantizers.observe(found.quantizer, core[...], found.arrays()))
         static, arguments = self.unit_arguments()
         static = dataclasses.replace(static, activation=activation, peak=wanted("peaks"))
         if norm is not None:
@@ -504,6 +549,5 @@ def _after_rounding(x: Array, layer: Layer, moved) -> None:
     if layer.observes:
         precisions.update(layer.ranges, layer.spec.branches, moved)
     if wanted("losses"):
-        branches = dict(zip(layer.spec.branches, layer.branches, strict=True))
-        for loss in precisions.losses(layer.ranges, x, branches):
+        for loss in precisions.losses(layer.ranges, x, layer.held):
             add("losses", layer, loss)

@@ -67,10 +67,6 @@ class Branch(nnx.Module):
         """The kernel as `ops` take it."""
         return self.kernel.value() if self.factored else self.kernel[...]
 
-    def drawn(self) -> Array | Factored:
-        """The same as a call computes with it: a factorized one with its dropout."""
-        return self.kernel.dropped(self.kernel.value()) if self.factored else self.value()
-
     def dense(self) -> Array:
         """The kernel as an array."""
         return factorization.dense(self.value())

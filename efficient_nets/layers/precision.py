@@ -1,6 +1,6 @@
 """The arrays of a layer's quantizers: what is learned, what is observed, and how both start."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from efficient_nets.ops import branch_maps, quantizers
 from efficient_nets.ops.branch_maps import Ranges
 from efficient_nets.ops.precision import Precision
 from efficient_nets.ops.quantizers import Arrays, Quantizer
+from efficient_nets.ops.quantizers.spec import CORE
 
 
 class Codes(nnx.Variable):
@@ -65,12 +66,18 @@ def make(
 ) -> dict[str, Range]:
     """A `Range` for each site around the map, a kernel's under its branch's name.
 
-    A kernel's begins as its values say; that of an input or output, which are not known, as for a
-    normal distribution, cut off at 0 where the quantizer is unsigned: see `calibration`.
+    Those of cores are under `core_name`. A kernel's or a core's begins as its values say; that of
+    an input or output, which are not known, as for a normal distribution, cut off at 0 where the
+    quantizer is unsigned: see `calibration`.
     """
     made = {}
     for site, quantizer in precision.quantizers.items():
         if site in precision.inner:
+            continue
+        if site == CORE:
+            for name, branch in branches.items():
+                cores = typical_cores(branch.value().cores, rngs)
+                made |= {core_name(name, x): Range(quantizer, v, rngs) for x, v in cores.items()}
             continue
         if site != "kernel":
             channels = geometry.in_features if site == "input" else geometry.features
@@ -99,6 +106,27 @@ def typical_kernel(geometry: Geometry, kernel: Array, rngs: nnx.Rngs) -> Array:
     return jnp.where(jnp.any(kernel != 0), kernel, fresh)
 
 
+def core_name(branch: str, core: str) -> str:
+    """The key in a layer's `ranges` of the quantizer of a core."""
+    return branch_maps.inner_name(CORE, f"{branch}_{core}")
+
+
+def typical_cores(cores: Mapping[str, Array], rngs: nnx.Rngs) -> dict[str, Array]:
+    """The cores; for one that is 0 everywhere normal values of the mean square of the largest.
+
+    Fresh ones have the same, but the last of a kernel that starts at 0.
+    """
+    size = jnp.sqrt(jnp.max(jnp.stack([jnp.mean(jnp.square(core)) for core in cores.values()])))
+    return {
+        name: jnp.where(
+            jnp.any(core != 0),
+            core,
+            size * jax.random.normal(rngs.params(), core.shape, core.dtype),
+        )
+        for name, core in cores.items()
+    }
+
+
 def typical_images(geometry: Geometry, quantizer: Quantizer | None) -> Array:
     """`(4, 16, ..., in_features)` of a normal distribution, cut off at 0 as a quantizer says."""
     shape = (4, *(max(16, 2 * size) for size in geometry.kernel_size), geometry.in_features)
@@ -115,10 +143,13 @@ def _typical(quantizer: Quantizer, channels: int) -> Array:
 
 
 def arrays(ranges: nnx.Dict | None, branches: Sequence[str]) -> Ranges:
-    """What `ops` take of the ranges."""
-    if ranges is None:
-        return {}
-    found = {site: ranges[site].arrays() for site in ranges if site not in branches}
+    """What `ops` take of the ranges: not those of cores, which they get rounded."""
+    ranges = ranges or {}
+    found = {
+        name: range_.arrays()
+        for name, range_ in ranges.items()
+        if name not in branches and range_.quantizer.site != CORE
+    }
     if of_kernels := tuple(ranges[name].arrays() for name in branches if name in ranges):
         found["kernel"] = of_kernels
     return found
@@ -154,11 +185,18 @@ def draw_later(ranges: nnx.Dict | None, calls: Array | int) -> None:
             found.calls[...] = found.calls[...] + calls
 
 
-def losses(ranges: nnx.Dict | None, x: Array, branches: dict[str, Branch]) -> list[Array]:
-    """The quantization losses of input and kernels, of those that have a weight."""
+def losses(ranges: nnx.Dict | None, x: Array, held: Callable[[str], Array | None]) -> list[Array]:
+    """The quantization losses of input, kernels and cores, of those that have a weight.
+
+    Args:
+      ranges: Of a layer.
+      x: Its input.
+      held: What it has for a range to round, see `Layer.held`.
+    """
     found = []
     for name, range_ in (ranges or {}).items():
         if range_.quantizer.loss:
-            value = branches[name].dense() if name in branches else x
+            own = held(name)
+            value = x if own is None else own
             found.append(quantizers.loss(range_.quantizer, value, range_.arrays()))
     return found

@@ -4,6 +4,8 @@ The map of the inputs runs for all steps at once, in front of the scan; that of 
 each. `convert` finds them as `input` and `hidden` behind the module's own path.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -212,18 +214,23 @@ def _for_steps(layer: Dense, positions: int) -> Dense:
 
     Cores become the dense kernel where that takes fewer operations and bytes for all steps
     together, being made once, or where it is rounded; else the state goes from core to core.
+    These are rounded once.
     """
     layer = nnx.merge(*nnx.split(layer))
     layer.watch = layer.prepare = None
     for found in (layer.ranges or {}).values():
         found.use_running_average = True
-    for branch in layer.branches:
-        if branch.factored:  # one draw for all steps (Gal and Ghahramani, arXiv 1512.05287)
-            found = branch.drawn()
-            branch.kernel = kernels.Kernel(found.network, found.run, found.cores)
-    if layer.branches[0].factored and _reconstructs(layer, positions):
-        for branch in layer.branches:
-            branch.kernel = nnx.Param(branch.dense())
+    if layer.branches[0].factored:
+        reconstructs = _reconstructs(layer, positions)
+        for name in layer.spec.branches:
+            kernel = layer.drawn(name)  # for all steps (Gal and Ghahramani, arXiv 1512.05287)
+            getattr(layer, name).kernel = (
+                nnx.Param(factorization.dense(kernel))
+                if reconstructs
+                else kernels.Kernel(kernel.network, kernel.run, kernel.cores)
+            )
+        precision = dataclasses.replace(layer.spec.precision, core=None)
+        layer.spec = dataclasses.replace(layer.spec, precision=precision)
     return layer
 
 

@@ -113,6 +113,11 @@ class LayerSpec:
         if not isinstance(self.joint, str):
             raise UserError(f"joint={self.joint!r}: give a name, which the layers share")
         if self.kernel == factorization.DENSE:
+            if self.precision.core is not None:
+                raise UserError(
+                    "precision.core with kernel='dense', which has no cores: give a kernel such as "
+                    "'tt:8', or round the kernel itself, precision.kernel"
+                )
             object.__setattr__(self, "joint", "")
             return
         if self.joint and self.start == "relinear":
@@ -124,6 +129,11 @@ class LayerSpec:
             raise UserError(
                 f"joint={self.joint!r} with kernel='{self.kernel}': cores that layers share have "
                 "neither dropout nor lasso; leave these out"
+            )
+        if self.joint and self.precision.core is not None:
+            raise UserError(
+                f"joint={self.joint!r} with precision.core: cores that layers share are not "
+                "rounded; round the kernel that they make, precision.kernel"
             )
         if "form" in self.parts.reads:
             raise UserError(
@@ -147,6 +157,13 @@ class LayerSpec:
                     f"kernel='{self.kernel}' with algorithm='{self.algorithm}': that transforms "
                     "the whole kernel; leave out run=factorized"
                 )
+
+    def with_kernel(self, kernel: Factorization | str) -> "LayerSpec":
+        """The same with another kernel; a dense one has no cores to round."""
+        kept = self.precision
+        if kernel == factorization.DENSE:
+            kept = dataclasses.replace(kept, core=None)
+        return dataclasses.replace(self, kernel=kernel, precision=kept)
 
     @property
     def parts(self) -> neurons.Neuron:

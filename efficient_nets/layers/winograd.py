@@ -44,7 +44,7 @@ def transform_layer(layer: linear.Layer) -> None:
     arrays = precisions.arrays(layer.ranges, layer.spec.branches)
     learned = layer.learned_transforms()
     matrices = learned[branch_maps.LEARNED].learned if learned else static.constants()
-    spent = {name for name in layer.spec.branches if sites.kernel is not None}
+    spent = {name for name in layer.spec.branches if sites.kernel is not None} | set(layer.cores)
 
     def visit(site, name, values):
         quantizer, key = getattr(sites, site), branch_maps.inner_name(site, name)
@@ -65,7 +65,7 @@ def transform_layer(layer: linear.Layer) -> None:
         layer.spec,
         kernel=factorization.DENSE,
         algorithm=dataclasses.replace(layer.spec.algorithm, transformed=True),
-        precision=dataclasses.replace(sites, kernel=None),
+        precision=dataclasses.replace(sites, kernel=None, core=None),
     )
     kept = {name: found for name, found in (layer.ranges or {}).items() if name not in spent}
     layer.ranges = nnx.data(nnx.Dict(kept) if kept else None)

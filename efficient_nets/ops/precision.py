@@ -10,6 +10,7 @@ as inputs are not unless they say so. Sites inside of a map with transforms are 
                                       t: the transforms, b: between their steps
     'lsq:w4a4s'                       the same for inputs on both sides of 0
     'xnor', 'twn'                     one method at each site that needs no number
+    'lsq:c4a8'                        c: the cores of a factorized kernel
     'w=lq:2,a=pact:2'                 a method for each site
 
 The long form is a mapping from the names of the sites, see `Precision`, to the fields of a
@@ -33,6 +34,7 @@ LETTERS = {
     "a": "input",
     "o": "output",
     "g": "gradient",
+    "c": "core",
     "v": "transformed_input",
     "u": "transformed_kernel",
     "h": "hadamard",
@@ -48,10 +50,12 @@ class Precision:
     """What is rounded, by site; None where nothing is.
 
     Attributes:
-      kernel: Each branch's kernel.
+      kernel: Each branch's kernel; of a factorized one what its cores make.
       input: What the layer reads.
       output: The neuron's value with its biases, before an outer norm.
       gradient: What the linear maps get back.
+      core: Each core of each branch's factorized kernel, with a range of its own. A layer that
+        stays dense, as cores gain nothing there, is without it.
       transforms: The matrices of a map with transforms, each with a range of its own.
       transformed_input, transformed_kernel: What is multiplied there.
       hadamard: The sums of these products over the channels.
@@ -62,6 +66,7 @@ class Precision:
     input: Quantizer | None = None
     output: Quantizer | None = None
     gradient: Quantizer | None = None
+    core: Quantizer | None = None
     transforms: Quantizer | None = None
     transformed_input: Quantizer | None = None
     transformed_kernel: Quantizer | None = None

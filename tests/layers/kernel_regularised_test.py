@@ -39,7 +39,7 @@ def of_kernel(layer, kernels):
 def test_each_call_in_training_computes_with_the_next_draw(neuron, run):
     layer, x, seen = conv(f"{FORM},run={run},dropout=0.4", neuron), images(), []
     for _ in range(3):
-        drawn = {name: getattr(layer, name).drawn() for name in layer.spec.branches}
+        drawn = {name: layer.drawn(name) for name in layer.spec.branches}
         # Float32: sums of a hundred products, and products of them.
         np.testing.assert_allclose(layer(x), of_kernel(layer, drawn)(x), rtol=1e-3, atol=1e-3)
         seen.append(drawn)
@@ -63,7 +63,7 @@ def test_the_gradient_is_that_of_the_masked_kernel():
     a, b = grads
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-3), a, b)
     layer = conv()
-    drawn = layer.w.drawn().cores
+    drawn = layer.drawn("w").cores
     grad = nnx.grad(lambda m: jnp.sum(m(x)))(layer)
     factor = np.asarray(drawn["factor_i0"])
     off = np.all(factor == 0, axis=0)
@@ -148,7 +148,7 @@ def test_steps_of_a_recurrent_layer_share_a_draw():
     )  # fmt: skip
     x = jax.random.normal(jax.random.key(0), (2, 4, 6))
     for _ in range(2):
-        drawn = factorization.dense(cell.hidden.w.drawn())
+        drawn = factorization.dense(cell.hidden.drawn("w"))
         plain = layers.LSTM(6, 8, rngs=nnx.Rngs(0))
         plain.input = cell.input
         plain.hidden.w.kernel[...] = drawn

@@ -27,6 +27,8 @@ def test_float_rounds_nothing():
             "w=twn,a=minmax:5Ls",
             dict(kernel=dict(method="twn"), input=dict(method="minmax", levels=5, signed=True)),
         ),
+        ("lsq:c4", dict(core=dict(method="lsq", bits=4))),
+        ("c=xnor,a=pact:2", dict(core=dict(method="xnor"), input=dict(method="pact", bits=2))),
         ("lsq+:o4", dict(output=dict(method="lsq+", levels=16))),
         ("dorefa:w1a2g6", dict.fromkeys(("kernel", "input", "gradient"), "dorefa") | {}),
         ("xnor", dict(kernel=dict(method="xnor"), input=dict(method="xnor"))),
@@ -50,7 +52,7 @@ def test_short_forms_are_long_forms(short, long):
     assert found == precision.parse(long)
     assert hash(found) == hash(precision.parse(long))
     assert list(found.quantizers) == [
-        site for site in ("kernel", "input", "output", "gradient") if site in long
+        site for site in ("kernel", "input", "output", "gradient", "core") if site in long
     ]
     assert precision.parse(found) is found
 
@@ -111,6 +113,8 @@ def test_texts_are_read_back(method):
         ("w=lsq:3L,a=lsq:8", "lsq:w3La8"),
         ("a=pact:2,w=lq:2", "w=lq:2,a=pact:2"),
         ("xnor", "xnor:w1a1"),
+        ("c=lsq:4,a=pact:2", "a=pact:2,c=lsq:4"),
+        (dict(core=dict(method="xnor", per="channel")), "xnor:c1..."),
         ("lsq:w04", "lsq:w4"),
         ("lsq:w16L", "lsq:w4"),
         (dict(kernel=dict(method="lsq", bits=4, per="channel")), "lsq:w4..."),
@@ -161,6 +165,7 @@ def test_a_quantizer_of_another_site():
 
 KERNEL = dict(site="kernel", method="lsq", bits=4)
 INPUT = dict(site="input", method="lsq", bits=4)
+CORE = dict(site="core", method="lsq", bits=4)
 XNOR = dict(site="kernel", method="xnor++")
 
 
@@ -189,6 +194,11 @@ XNOR = dict(site="kernel", method="xnor++")
         (dict(site="output", method="lsq", bits=2, normalise="mean"), ".normalise: 'lsq' does not"),
         (INPUT | dict(axis="in"), ".axis: 'lsq' does not heed it"),
         (KERNEL | dict(axis="in"), ".axis='in': with per='layer'"),
+        (CORE | dict(axis="in", per="channel"), ".axis: 'lsq' does not heed it"),
+        (CORE | dict(per="tap"), ".per='tap' is not known"),
+        (CORE | dict(normalise="mean"), ".normalise='mean' is not known: allowed none, restored"),
+        (dict(site="core", method="xnor++"), ".method='xnor++': it scales a map's output, which"),
+        (dict(site="core", method="quantized_relu"), "it is only for input, output"),
         (dict(site="output", method="lsq", bits=2, loss=1.0), ".loss: 'lsq' does not heed it"),
         (INPUT | dict(loss_norm="l1"), ".loss_norm='l1': it takes a loss above 0"),
         (dict(site="kernel", method="sign", per="channel"), ".per: 'sign' does not heed it"),

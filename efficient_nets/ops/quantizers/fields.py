@@ -9,8 +9,10 @@ from efficient_nets import names
 from efficient_nets.errors import UserError
 from efficient_nets.ops import straight_through as through
 from efficient_nets.ops.quantizers.spec import (
+    CORE,
     INNER,
     NORMALISATIONS,
+    ROLES,
     SITES,
     STEP_GRADIENTS,
     Method,
@@ -27,17 +29,19 @@ def quantizer(
       UserError: naming the site, the field, the value and what is allowed: nothing is ignored.
     """
     here = f"precision.{site}"
-    names.pick("precision's site", site, dict.fromkeys((*SITES, *INNER)))
+    names.pick("precision's site", site, dict.fromkeys((*SITES, *ROLES)))
     fields = dict(fields)
     if "method" not in fields:
         raise UserError(f"{here} has no 'method': allowed {', '.join(sorted(methods))}")
     name = fields.pop("method")
     sites = names.pick(f"{here}.method", name, methods)
-    method = sites.get(INNER.get(site, site))
+    method = sites.get(ROLES.get(site, site))
     if method is None:
         raise UserError(f"{here}.method={name!r}: it is only for {', '.join(sites)}")
-    if site in INNER:
+    if site in ROLES:
         method = _inside(here, name, method)
+    if site == CORE:  # what is a channel there is for no method to say
+        method = dataclasses.replace(method, per="layer")
     common = {field.name for field in dataclasses.fields(Quantizer)} - {"site", "method", "options"}
     allowed = _fields(site, method, bool(fields.get("post_scale")))
     for field in fields:
@@ -60,10 +64,12 @@ def quantizer(
 
 
 def _inside(here: str, name: str, method: Method) -> Method:
-    """The method between the transforms of a map, where values have either sign."""
+    """The method of a core, or between the transforms of a map: values have either sign."""
     if method.output_scale is not None or not (method.signed or method.both_signs):
         why = "is for values from 0 on" if method.output_scale is None else "scales a map's output"
-        raise UserError(f"{here}.method={name!r}: it {why}, which is not for sites inside of a map")
+        raise UserError(
+            f"{here}.method={name!r}: it {why}, which is not for sites inside of a map or a kernel"
+        )
     return dataclasses.replace(method, signed=True)
 
 
@@ -73,10 +79,12 @@ def _fields(site: str, method: Method, post_scale: bool) -> list[str]:
         return ["levels"]
     allowed = ["levels", "signed", "gradient", "post_scale", *method.takes]
     allowed += ["float_epochs", "stop_epoch"]
-    allowed += ["loss", "loss_norm"] if site in ("input", "kernel") else []
-    allowed += {"kernel": ["normalise"], "input": ["normalise", "pad"]}.get(site, [])
+    allowed += ["loss", "loss_norm"] if site in ("input", "kernel", CORE) else []
+    normalised = {"kernel": ["normalise"], CORE: ["normalise"], "input": ["normalise", "pad"]}
+    allowed += normalised.get(site, [])
     if method.grouped or post_scale:
-        allowed += ["per", "axis"] if INNER.get(site, site) == "kernel" else ["per"]
+        has_axes = site != CORE and ROLES.get(site, site) == "kernel"
+        allowed += ["per", "axis"] if has_axes else ["per"]
     return allowed if method.start is None else [*allowed, "freeze_epoch"]
 
 
@@ -169,7 +177,8 @@ def _check(here: str, made: Quantizer, method: Method) -> None:
         able = {key: None for key in able if key in through.ROUNDING}
         names.pick(f"{here}.gradient (of {made.levels} levels)", made.gradient, able)
     names.pick(f"{here}.step_gradient", made.step_gradient, STEP_GRADIENTS)
-    able = NORMALISATIONS.get(made.site, {"none": "as it is"})
+    site = "kernel" if made.site == CORE else made.site
+    able = NORMALISATIONS.get(site, {"none": "as it is"})
     names.pick(f"{here}.normalise", made.normalise, able)
     names.pick(f"{here}.axis", made.axis, {"out": None, "in": None})
     if made.axis == "in" and made.per == "layer":

@@ -18,6 +18,8 @@ INNER = {
     "hadamard": "output",
     "between": "output",
 }
+CORE = "core"  # of a factorized kernel
+ROLES = INNER | {CORE: "kernel"}
 STEP_GRADIENTS = {
     "paper": lambda n, fan, high: (n * high) ** -0.5,  # LSQ, arXiv 1902.08153, section 2.2
     "none": lambda n, fan, high: 1.0,
@@ -135,14 +137,15 @@ class Quantizer:
     """A method at a site. Make one with `fields.quantizer`, which fills in the method's defaults.
 
     Attributes:
-      site: One of `SITES` or `INNER`.
+      site: One of `SITES` or `ROLES`.
       method: A name in `METHODS`.
       levels: Number of values that it can give; 2^bits, or 3 for ternary.
       signed: Codes `-L/2 ... L/2 - 1`, for odd L `-(L-1)/2 ... (L-1)/2`, for L = 2 -1 and 1;
         else `0 ... L-1`.
       per: Which values share a range: 'layer', 'channel', 'groups:n' (n groups of channels) or
         'size:n' (groups of n channels); inside of transforms also 'tap' (their first axis) or
-        'tap:channel'.
+        'tap:channel'. Each core has ranges of its own, 'layer' being one; its channels are those of
+        its last axis, be it a mode or a bond.
       axis: Of a kernel, whose channels 'per' means: 'out' or 'in'. Those of its input otherwise.
       gradient: Pseudo-gradient, a name in `straight_through.SIGN`.
       step_gradient: Factor of the gradient of a learned step, a name in `STEP_GRADIENTS`.
@@ -189,7 +192,7 @@ class Quantizer:
     @property
     def role(self) -> str:
         """The one of `SITES` whose methods it has."""
-        return INNER.get(self.site, self.site)
+        return ROLES.get(self.site, self.site)
 
     def option(self, name: str) -> Any:
         return dict(self.options)[name]
