@@ -234,10 +234,7 @@ def train_step(
     def loss_fn(params):
         model = nnx.merge(run.graph, params, state.stats)
         model.train()
-        with (
-            layers.collecting("losses") as losses,
-            layers.collecting("penalties") as penalties,
-        ):
+        with layers.collecting("losses") as losses:
             logits, peaks = (
                 _watched(model, images) if run.config.log.products else (model(images), {})
             )
@@ -247,10 +244,12 @@ def train_step(
             soft = run.task.distillation_loss(logits, teacher.logits(images), temperature)
             metrics["distillation_loss"] = soft
             loss = (1 - weight) * loss + weight * soft
-        for name, found in (("quantization_loss", losses), ("rank_lasso", penalties)):
-            if found:
-                metrics[name] = sum(value for _, value in found)
-                loss = loss + metrics[name]
+        if losses:
+            metrics["quantization_loss"] = sum(value for _, value in losses)
+            loss = loss + metrics["quantization_loss"]
+        if penalties := [layer.penalty for _, layer in layers.layers(model) if layer.has_penalty]:
+            metrics["rank_lasso"] = sum(penalties)
+            loss = loss + metrics["rank_lasso"]
         return loss, (_stats(model), metrics | peaks)
 
     gradient, (stats, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)

@@ -8,7 +8,7 @@ from flax import nnx
 
 _kinds: dict[str, contextvars.ContextVar[list | None]] = {
     kind: contextvars.ContextVar(kind, default=None)
-    for kind in ("peaks", "losses", "penalties", "norms", "lost")
+    for kind in ("peaks", "losses", "norms", "lost")
 }
 
 
@@ -19,8 +19,6 @@ def collecting(kind: str):
     'peaks': each Dense and Conv with a term of second order, that term's largest magnitude before
     norm and activation: products make extreme values, and one that is not finite stays so.
     'losses': each layer whose quantizers have a loss, what is to be added to the net's.
-    'penalties': each layer whose factorized kernels have a lasso, what is to be added to the net's
-    loss too.
     'norms': each call of a Dense or Conv, the module that `layer_norm_act` has behind it, or None.
 
     'lost': in `calibrate`, in place of the layer the path of each whose input has a quantizer for

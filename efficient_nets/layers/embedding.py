@@ -73,7 +73,8 @@ class Embedding(Layer):
     def __call__(self, ids: Array) -> Array:
         if self.prepare is not None:
             self.prepare(self, ids)
-        y = factorization.lookup(self.w.value(), ids, self.geometry.dtype)
+        y = factorization.lookup(self.drawn("w"), ids, self.geometry.dtype)
+        self.count()
         if self.watch is not None:
             self.watch(self, ids, y)
         return y
@@ -91,7 +92,8 @@ class Embedding(Layer):
                 f"{x.dtype} {x.shape}"
             )
         x = x.astype(self.geometry.dtype or x.dtype)
-        kernel = self.w.value()
+        kernel = self.drawn("w")
+        self.count()
         if self.w.factored:
             kernel = dataclasses.replace(kernel, network=kernel.network.transposed)
             y = factorization.factorized_map(linear_maps.DenseMap(), x, [kernel])
@@ -118,5 +120,6 @@ def _check(spec: LayerSpec) -> None:
         value = str(getattr(spec, field))
         if value not in allowed:
             raise UserError(
-                f"{field}={value!r}: an Embedding looks rows up; allowed {', '.join(allowed)}"
+                f"{field}={value!r}: an Embedding looks rows up; allowed "
+                + ", ".join(name or "''" for name in allowed)
             )

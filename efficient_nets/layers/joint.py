@@ -7,15 +7,16 @@ layer; the gradients of all layers add up in them.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from efficient_nets import names
 from efficient_nets.errors import UserError
 from efficient_nets.layers import kernel as kernels
-from efficient_nets.layers.linear import Layer
+from efficient_nets.layers.linear import Conv, Dense, Layer
 from efficient_nets.layers.spec import LayerSpec
 from efficient_nets.ops import factorization
 
@@ -58,12 +59,13 @@ def join(
         )
     group = Group(name)
     for index, layer in enumerate(layers):
-        if not isinstance(layer, Layer) or layer.removed:
+        if not isinstance(layer, Dense | Conv) or layer.removed:
             raise UserError(f"layers[{index}] is a {type(layer).__name__}: allowed Dense, Conv")
         spec = dataclasses.replace(layer.spec, kernel=kernel, joint=name, start=start)
         group.add(f"layers[{index}]", layer, spec)
     group.check()
     check_whole(group.layers.items())
+    group.form()  # which raises while the layers are as they were
     for path, layer in group.layers.items():
         layer.respecify(group.specs[path], rngs, joins=True)
     group.tie(rngs)
@@ -121,26 +123,19 @@ class Group:
     def tie(self, rngs: nnx.Rngs) -> None:
         """Replaces the kernels by shared cores, made by the start that the layers' specs say.
 
-        Cores that these layers share already stay, if a layer's spec left its kernels as they are,
-        or starts with 'kept' and the same network.
+        Layers whose kernels their new specs left as they are stay as they are; and so do cores that
+        the others share among themselves, if they start with 'kept' and the same network.
         """
-        self.check()
-        if _shared([_held(layer) for layer in self.layers.values()]):
+        held = dict(zip(self.layers, self._held, strict=True))
+        made = {path: own for path, own in held.items() if not _same(_held(self.layers[path]), own)}
+        if not made:
             return
-        before = _shared(self._held)
+        before, order = _shared(made)
+        self.layers = {path: self.layers[path] for path in order}
+        self.check()
         every = list(self.layers.values())
-        spec, geometry = every[0].spec, every[0].geometry
-        dense = {
-            name: jnp.stack([getattr(layer, name).dense() for layer in every])
-            for name in spec.branches
-        }
-        keeps = spec.start == "kept"
-        form = kernels.resolved(geometry, spec, dense if keeps else {}, len(every))
-        if form == factorization.DENSE:
-            raise UserError(
-                f"kernel='{spec.kernel}' with joint={self.name!r}: the cores would have as many "
-                f"parameters as the {len(every)} kernels; give a lower rank, or 'always'"
-            )
+        geometry, keeps = every[0].geometry, every[0].spec.start == "kept"
+        dense, form = self._dense(), self.form()
         network = form.network(geometry.kernel_shape, len(every))
         for name, stacked in dense.items():
             if not keeps:
@@ -155,6 +150,31 @@ class Group:
         for layer in every:
             layer.spec = dataclasses.replace(layer.spec, kernel=form)
             layer.remake_ranges(rngs)
+
+    def form(self) -> factorization.Factorization:
+        """What the layers' kernels together are, ranks known.
+
+        Raises:
+          UserError: if cores have no fewer parameters than the kernels.
+        """
+        (path, layer), *_ = self.layers.items()
+        spec, number = self.specs[path], len(self.layers)
+        dense = self._dense() if spec.start == "kept" else {}
+        form = kernels.resolved(layer.geometry, spec, dense, number)
+        if form == factorization.DENSE:
+            raise UserError(
+                f"kernel='{spec.kernel}' with joint={self.name!r}: the cores would have as many "
+                f"parameters as the {number} kernels; give a lower rank, or 'always'"
+            )
+        return form
+
+    def _dense(self) -> dict[str, Array]:
+        """The kernels that there are, `(layers, *kernel_size, in, features)`, by branch."""
+        every = list(self.layers.values())
+        return {
+            name: jnp.stack([getattr(layer, name).dense() for layer in every])
+            for name in every[0].spec.branches
+        }
 
 
 def check_whole(layers: Iterable[tuple[str, Layer]]) -> None:
@@ -178,20 +198,30 @@ def _held(layer: Layer) -> Held:
     return {name: getattr(layer, name).kernel for name in layer.spec.branches}
 
 
-def _shared(held: Sequence[Held]) -> dict[str, kernels.Kernel]:
-    """By branch, where layers that hold these, in this order, are all that share them."""
-    found = {}
-    for name, first in held[0].items():
-        own = [of.get(name) for of in held]
-        if not isinstance(first, kernels.Joint):
-            return {}
-        if [getattr(of, "shared", None) for of in own] != [first.shared] * len(own):
-            return {}
-        indices = [of.index for of in own]
-        if indices != list(range(first.shared.network.kernel_shape[0])):
-            return {}
+def _same(one: Held, other: Held) -> bool:
+    return one.keys() == other.keys() and all(one[name] is other[name] for name in one)
+
+
+def _shared(held: Mapping[str, Held]) -> tuple[dict[str, kernels.Kernel], list[str]]:
+    """What layers that hold these share by branch, and their paths in the order of its slices.
+
+    Nothing, and the paths as they are, if these are not all that share it.
+    """
+    nothing = {}, list(held)
+    orders, found = [], {}
+    for name in next(iter(held.values())):
+        own = {path: of.get(name) for path, of in held.items()}
+        if not all(isinstance(kernel, kernels.Joint) for kernel in own.values()):
+            return nothing
+        (first, *_) = own.values()
+        order = sorted(own, key=lambda path: own[path].index)
+        if any(kernel.shared is not first.shared for kernel in own.values()):
+            return nothing
+        if [own[path].index for path in order] != list(range(first.shared.network.kernel_shape[0])):
+            return nothing
         found[name] = first.shared
-    return found
+        orders.append(order)
+    return (found, orders[0]) if orders.count(orders[0]) == len(orders) else nothing
 
 
 def _shown(value) -> str:

@@ -108,8 +108,8 @@ class Layer(nnx.Module):
         """Gives this layer another spec; its parameters stay where they can.
 
         They are made anew, by `spec.start`, if the new spec stores other ones or names a start.
-        Where kernels are kept, ranges of input, output and gradient with the same quantizer are;
-        where cores are, theirs.
+        Where kernels are kept, ranges of input, output and gradient with the same quantizer are,
+        and where cores are, theirs.
 
         Args:
           spec: The new one.
@@ -136,7 +136,7 @@ class Layer(nnx.Module):
             if (spec.precision, spec.algorithm) != (before.precision, before.algorithm):
                 ranges = self.ranges or {}
                 self._make_ranges(rngs)
-                self._keep_ranges(ranges, self.cores)
+                self._keep_ranges(ranges, (*AROUND, *self.cores))
             self._specify_kernels(rngs)
             return
         if spec.start == "relinear" and before.neuron != "linear":
@@ -385,19 +385,26 @@ class Layer(nnx.Module):
                 branch.norm.update(batch)
         if norm is not None:
             norm.update(statistics.outer)
+        self.count()
+        return y
+
+    def count(self) -> None:
+        """A call was made: dropout draws anew for the next."""
         for branch in self.branches:
             if branch.factored:
                 branch.kernel.count()
-        return y
 
     @property
-    def penalty(self) -> Array | None:
-        """What the lasso of factorized kernels adds to the loss, None where there is none."""
-        form = self.spec.kernel
-        if form == factorization.DENSE or not form.lasso:
-            return None
+    def has_penalty(self) -> bool:
+        return self.spec.kernel != factorization.DENSE and self.spec.kernel.lasso > 0
+
+    @property
+    def penalty(self) -> Array:
+        """What the lasso of factorized kernels adds to the loss, however often they are used."""
         values = [branch.value() for branch in self.branches]
-        return form.lasso * sum(factorization.rank_lasso(v.network, v.cores) for v in values)
+        return self.spec.kernel.lasso * sum(
+            factorization.rank_lasso(v.network, v.cores) for v in values
+        )
 
     def __call__(self, x: Array) -> Array:
         """x `(N, *spatial, in_features)` to `(N, *spatial', features)`."""
@@ -522,8 +529,6 @@ def layer_norm_act(
         layer.prepare(layer, x)
     if wanted("norms"):
         add("norms", layer, norm)
-    if wanted("penalties") and (penalty := layer.penalty) is not None:
-        add("penalties", layer, penalty)
     whole = norm is None or isinstance(norm, norms.BatchNorm)
     if isinstance(norm, norms.BatchNorm) and norm.num_features != geometry.features:
         raise UserError(

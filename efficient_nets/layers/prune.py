@@ -22,13 +22,19 @@ def prune(model: nnx.Module, threshold: float) -> nnx.Module:
         with 0 the kernels stay what they are.
 
     Raises:
-      UserError: on another threshold, or layers that share cores.
+      UserError: on another threshold, numbers that are not finite, or layers that share or round
+        their cores.
     """
     model = nnx.clone(model)
     for path, layer in layers(model):
         if layer.spec.joint:
             raise UserError(
                 f"{path} has joint={layer.spec.joint!r}: cores that layers share are not pruned"
+            )
+        if layer.spec.precision.core is not None:
+            raise UserError(
+                f"{path} has precision.core: rounded cores are not pruned; prune before, and round "
+                "what is left"
             )
         if layer.branches[0].factored:
             _prune_layer(layer, threshold)

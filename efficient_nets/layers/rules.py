@@ -92,7 +92,9 @@ def convert(model: nnx.Module, rules: Sequence[Mapping], key: jax.Array) -> nnx.
     model = nnx.clone(model)
     found = dict(_with_removed(model))
     if rules and not found:
-        raise UserError(f"layers: {type(model).__name__} has no Dense or Conv for rules to match")
+        raise UserError(
+            f"layers: {type(model).__name__} has no Dense, Conv or Embedding for rules to match"
+        )
     matched_by = {path: _first_match(rules, path) for path in found}
     _check_used(rules, matched_by)
     groups: dict[tuple, joint.Group] = {}
@@ -213,21 +215,23 @@ def with_fields(
     Args:
       rules: Of `convert`.
       given: Fields of `LayerSpec` by path of a layer.
-      every: Paths of all layers.
+      every: Paths of all layers that rules have not removed.
     """
     fields = {}
     for path, others in given.items():
         index = _first_match(rules, path)
         own = {} if index is None else {k: v for k, v in rules[index].items() if k != "match"}
         fields[path] = own | dict(others)
-    return _in_front(fields, rules, every)
+    removals = [rule for rule in rules if REMOVE in rule]  # of layers that are not among `every`
+    return _in_front(fields, rules, every, removals)
 
 
-def _in_front(fields: Mapping[str, Mapping], rules: Sequence[Mapping], every: Sequence[str]):
+def _in_front(fields: Mapping, rules: Sequence[Mapping], every: Sequence[str], kept=()):
+    kept = list(map(dict, kept))
     first = [{"match": f"^{re.escape(path)}$"} | dict(own) for path, own in fields.items()]
     rules = [*first, *map(dict, rules)]
     used = {_first_match(rules, path) for path in every}
-    return tuple(rule for index, rule in enumerate(rules) if index in used)
+    return tuple(rule for index, rule in enumerate(rules) if index in used or rule in kept)
 
 
 def _check_used(rules: Sequence[Mapping], matched_by: Mapping[str, int | None]) -> None:

@@ -130,6 +130,12 @@ class LayerSpec:
                 f"joint={self.joint!r} with kernel='{self.kernel}': cores that layers share have "
                 "neither dropout nor lasso; leave these out"
             )
+        for site in ("kernel", *self.precision.inner):
+            if self.kernel.dropout and site in self.precision.quantizers:
+                raise UserError(
+                    f"kernel='{self.kernel}' with precision.{site}: dropout scales the kernel, of "
+                    "which a range is observed or learned; leave it out, or round the cores"
+                )
         if self.joint and self.precision.core is not None:
             raise UserError(
                 f"joint={self.joint!r} with precision.core: cores that layers share are not "

@@ -96,11 +96,16 @@ class ConvMap:
         self, x: Array, kernels: Sequence[Array], *, out: jnp.dtype | None = None
     ) -> Array:
         kernel = fuse(kernels, self.groups).astype(x.dtype)
-        convolved = functools.partial(self._convolved, out=out)
         if kernel.shape[-2] > 1 or self.groups == 1 or not jnp.issubdtype(x.dtype, jnp.floating):
-            return convolved(x, kernel)
+            return self._convolved(x, kernel, out)
+        return self._depthwise(x, kernel, out)
+
+    @functools.partial(jax.jit, static_argnums=(0, 3))  # or each eager call would compile again
+    def _depthwise(self, x: Array, kernel: Array, out: jnp.dtype | None) -> Array:
         # XLA:CPU takes about ten times as long for a depthwise convolution of its own.
-        tap_by_tap = functools.partial(self._tap_by_tap, out=out)
+        tap_by_tap, convolved = (
+            functools.partial(way, out=out) for way in (self._tap_by_tap, self._convolved)
+        )
         return lax.platform_dependent(x, kernel, cpu=tap_by_tap, default=convolved)
 
     def _convolved(self, x: Array, kernel: Array, out: jnp.dtype | None) -> Array:
@@ -132,17 +137,18 @@ class ConvMap:
         x = exact.padded(x)[0]
 
         @functools.partial(jax.checkpoint, prevent_cse=False)
-        def add(total, start_tap):
-            start, tap = start_tap
+        def product(x, start, tap):
             part = lax.dynamic_slice(x, tuple(start), (x.shape[0], *reach, x.shape[-1]))
             part = part[(slice(None), *(slice(None, None, stride) for stride in self.strides))]
             part = jnp.repeat(part.astype(tap.dtype), features // x.shape[-1], axis=-1)
-            return total + part * tap.reshape(*(1,) * (part.ndim - 1), -1), None
+            return part * tap.reshape(*(1,) * (part.ndim - 1), -1)
 
-        total = jnp.zeros((x.shape[0], *size, features), taps.dtype)
-        return lax.scan(add, total, (jnp.asarray(starts, jnp.int32), taps))[0].astype(
-            out or x.dtype
-        )
+        def add(total, start_tap):
+            return total + product(x, *start_tap), None
+
+        starts = jnp.asarray(starts, jnp.int32)
+        total = product(x, starts[0], taps[0])
+        return lax.scan(add, total, (starts[1:], taps[1:]))[0].astype(out or x.dtype)
 
     def padded(self, x: Array) -> "tuple[Array, ConvMap]":
         """x with its padding of zeros, and the map of that, which pads no more."""

@@ -49,7 +49,8 @@ def operands(layer, x):
     """Types of what the layer's convolution by its kernel takes."""
     equations = jax.make_jaxpr(lambda x: layer(x))(x).eqns
     for eqn in equations:  # a choice by platform has its equations inside
-        equations = [*equations, *(e for of in eqn.params.get("branches", ()) for e in of.eqns)]
+        inside = [eqn.params.get("jaxpr"), *eqn.params.get("branches", ())]
+        equations.extend(e for of in inside if of is not None for e in of.eqns)
     size = layer.w.kernel.shape
     convolutions = [eqn.invars for eqn in equations if eqn.primitive.name == "conv_general_dilated"]
     return {x.aval.dtype for pair in convolutions if pair[1].aval.shape == size for x in pair}

@@ -134,3 +134,20 @@ def test_mistakes_are_named():
         layer_norm_act(jnp.ones((2, 4)), layer)
     with pytest.raises(UserError, match="cannot be removed"):
         convert(Net(layer), [dict(match="embed", remove=True)], jax.random.key(0))
+
+
+def test_bonds_of_a_table_are_dropped_and_penalised():
+    layer = make("tt:4,dropout=0.5,lasso=0.1")
+    ids = jnp.arange(6)
+    first, second = layer(ids), layer(ids)
+    assert np.abs(first - second).max() > 0 and layer.has_penalty
+    layer.attend(first)
+    assert layer.w.kernel.calls[...] == 3
+    layer.eval()
+    np.testing.assert_array_equal(layer(ids), layer(ids))
+
+
+@pytest.mark.parametrize("run", ["factorized", "reconstructed"])
+def test_narrow_ids_count_from_the_end(run):
+    layer = Embedding(200, 8, spec=LayerSpec(kernel=f"tt:2,run={run}"), rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(layer(jnp.int8(-1)), layer(jnp.int32(199)))

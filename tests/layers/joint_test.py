@@ -235,3 +235,30 @@ def test_a_net_of_joint_layers_trains_sharded_and_goes_on_from_its_checkpoint(tm
     shared = {path.split("/kernel/")[0] for path in record if path.startswith("params")
               and "shared" in path}  # fmt: skip
     assert shared == {"params/stage1/0/conv1/w"}
+
+
+def test_layers_that_share_stay_whatever_their_order():
+    """Names in another order than the slices, two groups of one name, and one layer by itself."""
+    layers = convs(4)
+    join([layers[1], layers[0]], "tt:2", rngs=nnx.Rngs(0))
+    join(layers[2:], "tt:2", rngs=nnx.Rngs(1))
+    net = nnx.List(layers)
+    before = [layer.w.dense() for layer in layers]
+    for match in (".", "^1$"):
+        found = convert(net, [dict(match=match, precision="w=minmax:4")], jax.random.key(2))
+        for layer, kernel in zip(found, before, strict=True):
+            np.testing.assert_array_equal(layer.w.dense(), kernel)
+        assert found[0].w.kernel.shared is not found[2].w.kernel.shared
+    again = convert(nnx.List(layers[:2]), [dict(match=".", start="kept")], jax.random.key(2))
+    for layer, kernel in zip(again, before[:2], strict=True):
+        np.testing.assert_array_equal(layer.w.dense(), kernel)
+
+
+def test_layers_that_cannot_be_joined_are_as_they_were():
+    layers = convs(2)
+    before = [layer.w.dense() for layer in layers]
+    with pytest.raises(UserError, match="as many parameters"):
+        join(layers, "tt:100", rngs=nnx.Rngs(0))
+    for layer, kernel in zip(layers, before, strict=True):
+        assert layer.spec == LayerSpec()
+        np.testing.assert_array_equal(layer.w.kernel[...], kernel)

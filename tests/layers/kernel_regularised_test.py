@@ -159,16 +159,10 @@ def test_steps_of_a_recurrent_layer_share_a_draw():
 # Lasso
 
 
-def test_the_penalty_is_told_once_a_call():
+def test_the_penalty_is_of_all_branches():
     layer = conv(f"{FORM},lasso=0.5", "ours")
-    with layers.collecting("penalties") as found, layers.collecting("losses") as losses:
-        layer(images())
-    ((told, value),) = found
-    assert told is layer and not losses
     kernels = [branch.value() for branch in layer.branches]
     expected = sum(float(factorization.rank_lasso(k.network, k.cores)) for k in kernels)
-    np.testing.assert_allclose(value, 0.5 * expected, rtol=1e-6)
-    for other in (FORM, "dense"):
-        with layers.collecting("penalties") as found:
-            conv(other)(images())
-        assert not found
+    assert layer.has_penalty
+    np.testing.assert_allclose(layer.penalty, 0.5 * expected, rtol=1e-6)
+    assert not any(conv(other).has_penalty for other in (FORM, "dense"))

@@ -47,3 +47,9 @@ def test_errors(net):
     plain = nnx.List([net[1]])
     pruned = layers.prune(plain, 0.5)
     np.testing.assert_array_equal(pruned[0].w.kernel[...], net[1].w.kernel[...])
+    rounded = convert(net, [dict(match="0", precision="c=lsq:4")], jax.random.key(0))
+    with pytest.raises(UserError, match="0 has precision.core: rounded cores are not pruned"):
+        layers.prune(rounded, 0.0)
+    net[0].a.kernel.core[...] = np.nan
+    with pytest.raises(UserError, match="not finite"):
+        layers.prune(net, 0.0)

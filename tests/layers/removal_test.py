@@ -165,6 +165,12 @@ def test_an_adapter_that_is_removed_again_keeps_its_weights():
     np.testing.assert_array_equal(again.conv.w.kernel[...], block.conv.w.kernel[...])
 
 
+def test_fields_of_layers_leave_the_removal_of_others():
+    given = [dict(match="a", remove=True), dict(match="b", neuron="ours"), dict(match="c")]
+    found = rules.with_fields(given, {"b": {"neuron": "t2"}}, ["b", "c"])
+    assert found == (dict(match="^b$", neuron="t2"), given[0], given[2])
+
+
 def test_with_removals_puts_them_first_and_drops_rules_that_take_nothing_more():
     given = [{"match": "a|b", "neuron": "ours"}, {"match": "c"}, {"match": ""}]
     found = rules.with_removals(given, ["a.1", "b"], ["a.1", "b", "c", "d"])

@@ -199,5 +199,5 @@ def test_a_bad_rule_is_named(net, rules, message):
 
 
 def test_a_model_without_layers_says_so():
-    with pytest.raises(ValueError, match="no Dense or Conv"):
+    with pytest.raises(ValueError, match="no Dense, Conv or Embedding"):
         convert(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), [{"match": "", "neuron": "ours"}], KEY)

@@ -101,6 +101,16 @@ def test_a_depthwise_convolution_has_forward_mode_and_keeps_little():
         z, back = jax.vjp(lambda x, kernel: conv(x, [kernel]), x, kernel)
         return back(z)
 
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    of_images, whole = jax.P("data"), jax.P()
+    mapped = jax.shard_map(
+        lambda x, kernel: conv(x, [kernel]),
+        mesh=mesh,
+        in_specs=(of_images, whole),
+        out_specs=of_images,
+    )
+    np.testing.assert_allclose(mapped(x, kernel), tangent, rtol=1e-6)
+
     planned = jax.jit(step).lower(x, kernel).compile().memory_analysis().temp_size_in_bytes
     assert planned < 8 * x.nbytes
 

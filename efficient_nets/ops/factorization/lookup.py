@@ -39,6 +39,8 @@ def lookup(kernel: Array | Factored, ids: Array, dtype: jnp.dtype | None = None)
     """
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise UserError(f"the ids have dtype {ids.dtype}: an integer one is needed")
+    if jnp.iinfo(ids.dtype).bits < 32:
+        ids = ids.astype(jnp.int32)  # which counts from the end too
     dtype = dtype or kernel.dtype
     if isinstance(kernel, Factored):
         network = kernel.network
@@ -87,8 +89,6 @@ def _from_cores(network: Network, dtype: jnp.dtype, cores: Cores, ids: Array) ->
     vocabulary, features = network.kernel_shape
     sizes = tuple(map(network.size, network.inputs))
     flat = ids.reshape(-1)
-    if jnp.iinfo(ids.dtype).bits < 32:
-        flat = flat.astype(jnp.int32)  # which counts from the end too
     if jnp.iinfo(flat.dtype).max < network.size(*network.inputs):
         raise UserError(
             f"the ids have dtype {ids.dtype}, which does not count up to the "

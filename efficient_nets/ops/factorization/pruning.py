@@ -88,6 +88,8 @@ def _cut(network: Network, cores: Cores, threshold: float, least: Mapping[str, i
         before = network
         for bond in wide_bonds(network):
             strengths = contributions(network, cores, bond)
+            if not np.isfinite(strengths).all():
+                raise UserError("the cores have values that are not finite: nothing can be pruned")
             strong = int(np.sum(strengths > threshold * strengths.max()))
             left = max(strong, least.get(bond, 1))
             kept = np.sort(np.argsort(-strengths, kind="stable")[:left])
