@@ -29,6 +29,12 @@ def cores_of(net, seed=0):
     return {name: random.normal(size=shape) for name, shape in net.shapes.items()}
 
 
+def pruned(net, cores, threshold):
+    """Of one kernel."""
+    smaller, (found,) = factorization.pruned_together(net, [cores], threshold)
+    return smaller, found
+
+
 def tensor(net, cores):
     """The contraction of all cores in float64: `(modes)`."""
     numbers = {index: number for number, (index, _) in enumerate(net.sizes)}
@@ -70,14 +76,14 @@ def test_what_contributes_nothing_goes_and_the_kernel_stays(text, x64):
     for position, bond in enumerate(net.bonds):
         cores = scaled(net, cores, bond, position % net.size(bond), 0.0)
     kernel = tensor(net, cores)
-    made, left = factorization.pruned(net, cores, 0.0)
+    made, left = pruned(net, cores, 0.0)
     assert all(made.size(bond) < max(net.size(bond), 2) for bond in net.bonds)
     assert {name: core.shape for name, core in left.items()} == made.shapes
     np.testing.assert_allclose(tensor(made, left), kernel, rtol=1e-11, atol=1e-12)
     explicit = factorization.of_network(form, made)
     assert explicit.network(KERNEL) == made  # from which a config makes it again
     assert factorization.parse(str(explicit)).network(KERNEL) == made
-    again, same = factorization.pruned(made, left, 0.0)
+    again, same = pruned(made, left, 0.0)
     assert again == made
     for name, core in left.items():
         np.testing.assert_array_equal(same[name], core)
@@ -88,7 +94,7 @@ def test_a_bond_is_no_larger_than_what_is_left_beside_it(x64):
     net = network_of("tt:4,order=2,in=2x2,out=2x3,layout=split")
     assert [net.size(bond) for bond in net.bonds] == [2, 4, 4, 3]
     cores = scaled(net, cores_of(net), "r1", 1, 0.0)
-    made, left = factorization.pruned(net, cores, 0.0)
+    made, left = pruned(net, cores, 0.0)
     assert [made.size(bond) for bond in made.bonds] == [1, 2, 4, 3]
     np.testing.assert_allclose(tensor(made, left), tensor(net, cores), rtol=1e-11, atol=1e-12)
 
@@ -99,7 +105,7 @@ def test_a_block_that_is_cut_to_less_than_its_bonds(x64):
     for index in (0, 2):
         for bond in net.bonds[1:3]:
             cores = scaled(net, cores, bond, index, 0.0)
-    made, left = factorization.pruned(net, cores, 0.0)
+    made, left = pruned(net, cores, 0.0)
     assert [made.size(bond) for bond in made.bonds] == [2, 1, 1, 1]  # 1 by what is beside it
     np.testing.assert_allclose(tensor(made, left), tensor(net, cores), rtol=1e-11, atol=1e-12)
 
@@ -111,14 +117,14 @@ def test_the_threshold_is_a_share_of_the_largest_of_the_bond(x64):
     for index, size in enumerate((1.0, 0.2, 0.05, 0.01)):
         cores = scaled(net, cores, "r", index, size / sizes[index])
     for threshold, left in ((0.0, 4), (0.03, 3), (0.1, 2), (0.5, 1)):
-        made, own = factorization.pruned(net, cores, threshold)
+        made, own = pruned(net, cores, threshold)
         assert made.size("r") == left
         np.testing.assert_array_equal(own["factor_i0"], cores["factor_i0"][:, :left])
     zero = {name: 0 * core for name, core in cores.items()}
-    assert factorization.pruned(net, zero, 0.0)[0].size("r") == 1
+    assert pruned(net, zero, 0.0)[0].size("r") == 1
     for threshold in (1.0, -0.1, float("nan")):
         with pytest.raises(UserError, match="allowed a share from 0 on, below 1"):
-            factorization.pruned(net, cores, threshold)
+            pruned(net, cores, threshold)
 
 
 def test_kernels_of_one_network_keep_as_many(x64):
@@ -159,13 +165,13 @@ def test_the_lasso_finds_the_rank_of_its_target(text, low):
 
     start = singles({name: core / 2 for name, core in cores_of(net).items()})
     found = fitted(start, 1.0)
-    made, left = factorization.pruned(net, found, 0.01)
+    made, left = pruned(net, found, 0.01)
     assert made == low
     kernel = factorization.reconstruct(net, found)
     # What was cut has come to less than a thousandth; what stays is near the target, and shrunk.
     np.testing.assert_allclose(factorization.reconstruct(made, left), kernel, atol=1e-3)
     assert np.linalg.norm(kernel - target) < 0.1 * np.linalg.norm(target)
-    assert factorization.pruned(net, fitted(start, 0.0), 0.01)[0] == net
+    assert pruned(net, fitted(start, 0.0), 0.01)[0] == net
 
 
 def singles(cores):

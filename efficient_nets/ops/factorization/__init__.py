@@ -12,7 +12,7 @@ from efficient_nets.ops.factorization.factored import Factored, dense
 from efficient_nets.ops.factorization.joint import layer_network, layer_of, scale_layers
 from efficient_nets.ops.factorization.lookup import lookup, lookup_cost
 from efficient_nets.ops.factorization.network import Cores, Network, core_scale, reconstruct
-from efficient_nets.ops.factorization.pruning import contributions, pruned, pruned_together
+from efficient_nets.ops.factorization.pruning import contributions, pruned_together
 from efficient_nets.ops.factorization.regularization import dropped, rank_lasso
 from efficient_nets.ops.factorization.selection import of_kernel, of_network, with_ranks
 from efficient_nets.ops.factorization.spec import DENSE, Factorization, parse
@@ -37,7 +37,6 @@ __all__ = [
     "of_network",
     "parse",
     "plan",
-    "pruned",
     "pruned_together",
     "rank_lasso",
     "reconstruct",

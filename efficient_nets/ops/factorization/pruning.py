@@ -13,12 +13,6 @@ from efficient_nets.ops.factorization.network import Cores, Network
 from efficient_nets.ops.factorization.regularization import wide_bonds
 
 
-def pruned(network: Network, cores: Cores, threshold: float) -> tuple[Network, dict[str, Array]]:
-    """`pruned_together` of one kernel."""
-    network, (found,) = pruned_together(network, [cores], threshold)
-    return network, found
-
-
 def pruned_together(
     network: Network, kernels: Sequence[Cores], threshold: float
 ) -> tuple[Network, list[dict[str, Array]]]:
