@@ -1,5 +1,6 @@
 """Factorized kernels against their definitions, and every way to run them against the dense map."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -18,6 +19,7 @@ from efficient_nets.ops.factorization import (
     modes,
     network,
     selection,
+    slicing,
 )
 
 CONV, DENSE = (3, 3, 4, 6), (8, 12)
@@ -174,7 +176,7 @@ def test_any_placing_of_cores_is_the_dense_map(text, shape, placed, x64):
     expected, back = jax.vjp(whole, x, cores)
     gradients = back(expected)
     positions = (x.size // shape[-2], expected.size // shape[-1])
-    best = execution.factorized_plan(net, positions)
+    best = execution.cheapest(net, positions)
     y, back = jax.vjp(functools.partial(execution.run, net, best, linear_map), x, cores)
     # Sums of some hundred products in float64, in another order.
     close = functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10)
@@ -214,7 +216,7 @@ def test_a_window_with_groups_and_sums(text, x64):
     [(CONV, 2, ((1, 1), (0, 2))), ((3, 4, 6), 1, "VALID"), ((2, 3, 2, 4, 6), 2, "SAME")],
     ids=["strided", "1-D", "3-D"],
 )
-@pytest.mark.parametrize("text", ["cp:3", "tucker:2", "tr:2", "tt:2"])
+@pytest.mark.parametrize("text", ["cp:3", "tucker:2", "tr:2", "tt:2", "tucker:1,layout=axes"])
 def test_any_convolution(text, shape, strides, padding, x64):
     net = network_of(text, shape)
     linear_map, x = direct(shape, strides, padding)
@@ -224,6 +226,52 @@ def test_any_convolution(text, shape, strides, padding, x64):
     kernels = [factorization.Factored(net, "factorized", cores)] * 2
     found = factorization.factorized_map(linear_map, x, kernels)
     np.testing.assert_allclose(found, jnp.concatenate([expected] * 2, -1), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("form", forms.FORMS)
+def test_parts_along_any_index_are_the_dense_map(form, x64):
+    net = network_of(TEXTS[form], DENSE)
+    linear_map, x = direct(DENSE)
+    cores = cores_of(net)
+    whole = execution.cheapest(net, (5, 5))
+
+    def mapped(plan):
+        y, back = jax.vjp(functools.partial(execution.run, net, plan, linear_map), x, cores)
+        return y, back(jnp.sin(y))
+
+    expected = linear_map(x, [factorization.reconstruct(net, cores)])
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10)
+    close(mapped(whole)[0], expected)
+    expected, uneven = mapped(whole), 0
+    for index, size in net.sizes:
+        if numbers := list(slicing.numbers_of_parts(size)):
+            parts = max(numbers, key=lambda parts: size % parts)
+            uneven += size % parts > 0
+            plan = dataclasses.replace(whole, cut=index, parts=parts)
+            jax.tree.map(close, mapped(plan), expected)
+    assert uneven
+
+
+def test_a_matrix_product_holds_no_more_than_the_dense_one():
+    cp = network_of("cp:1638,layout=split,order=3,in=8x8x16,out=8x8x16", (1024, 1024))
+    plan = factorization.plan(cp, "auto", (128, 128))
+    assert (plan.cut, plan.parts) == ("r", 4)
+    assert factorization.plan(cp, "auto", (4096, 4096)).parts == 1  # x and y are larger there
+    for text in ("tt:23x59,in=8x8x16,out=8x8x16", "cp:1638,layout=split,in=8x8x16,out=8x8x16"):
+        net = network_of(text, (1024, 1024))
+        cores = {name: jnp.ones(shape, jnp.float32) for name, shape in net.shapes.items()}
+        kernels = [factorization.Factored(net, "auto", cores)]
+
+        @jax.jit
+        def gradients(x, kernels):
+            y, back = jax.vjp(
+                functools.partial(factorization.factorized_map, linear_maps.DenseMap()), x, kernels
+            )
+            return back(y)
+
+        x = jax.ShapeDtypeStruct((128, 1024), jnp.float32)
+        planned = gradients.lower(x, kernels).compile().memory_analysis().temp_size_in_bytes
+        assert planned <= 2 * 4 * (1024 * 1024 + 2 * 128 * 1024)
 
 
 def test_the_plan_is_that_of_the_papers():

@@ -3,9 +3,10 @@
 Core after core, a convolution has three parts. Cores in front contract with the input position by
 position; the window's cores, and others joined with them, are a small convolution between bonds;
 cores behind contract with its output. A bond that is needed in all three is a group of the
-convolution, one that only passes by is a part of its batch. So CP is Lebedev's 1x1, depthwise, 1x1,
-and Tucker-2 is Kim's 1x1, kxk, 1x1. Which cores go where, and in which order they contract, is
-chosen once, by counting operations and bytes.
+convolution. One that only passes by is too where the convolution sums over the window alone, and
+else a part of its batch. So CP is Lebedev's 1x1, depthwise, 1x1, and Tucker-2 is Kim's 1x1, kxk,
+1x1. Which cores go where, and in which order they contract, is chosen once, by counting operations
+and bytes. A matrix product that would hold more than the dense layer does runs in parts.
 """
 
 import dataclasses
@@ -19,11 +20,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from efficient_nets.ops import linear_maps
-from efficient_nets.ops.factorization import order
+from efficient_nets.ops.factorization import order, slicing
 from efficient_nets.ops.factorization.factored import Factored, dense
 from efficient_nets.ops.factorization.network import Cores, Network, contract, reconstruct
 
 MOST_PLACINGS = 2000  # of cores, beyond which those of the window stay alone
+# Of what a pass keeps: the backward pass holds it, its gradient, and copies in another order.
+HELD = 2.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +50,16 @@ class Cost:
 class Plan:
     """Names of the cores in front, of the window, and behind, and what the pass costs.
 
-    A plan without any is for the reconstructed kernel.
+    A plan without any is for the reconstructed kernel. One of several parts is computed part after
+    part, along the index `cut`; it keeps what one of them does.
     """
 
     front: tuple[str, ...] = ()
     window: tuple[str, ...] = ()
     behind: tuple[str, ...] = ()
     cost: Cost = Cost()
+    cut: str = ""
+    parts: int = 1
 
     @property
     def reconstructs(self) -> bool:
@@ -69,14 +75,16 @@ def plan(network: Network, run: str, positions: tuple[int, int], *, grouped: boo
       positions: Of the whole batch.
       grouped: A convolution with groups reads its kernel as a whole: it is reconstructed.
     """
+    whole = Plan(cost=reconstructed_cost(network, positions))
     if grouped or run == "reconstructed":
-        return Plan(cost=reconstructed_cost(network, positions))
-    best = factorized_plan(network, positions)
-    if run == "auto":
-        whole = reconstructed_cost(network, positions)
-        if whole.time < best.cost.time:
-            return Plan(cost=whole)
-    return best
+        return whole
+    best = cheapest(network, positions)
+    # Making the kernel first is one of the orders of a matrix product, and then the same.
+    if run == "auto" and whole.cost.time <= best.cost.time:
+        held = whole.cost.kept + network.dense_params
+        if network.spatial or HELD * held <= _dense_holds(network, positions):
+            return whole
+    return best if network.spatial else _in_parts(network, best, positions)
 
 
 def reconstructed_cost(network: Network, positions: tuple[int, int]) -> Cost:
@@ -89,13 +97,36 @@ def reconstructed_cost(network: Network, positions: tuple[int, int]) -> Cost:
 
 
 @functools.lru_cache(maxsize=4096)
-def factorized_plan(network: Network, positions: tuple[int, int]) -> Plan:
-    """The cheapest placing of the cores."""
-    best = min(
+def cheapest(network: Network, positions: tuple[int, int]) -> Plan:
+    """Of all placings of the cores."""
+    return min(
         (_placed(network, placing, positions) for placing in _placings(network)),
         key=lambda found: found.cost.time,
     )
-    return best
+
+
+def _dense_holds(network: Network, positions: tuple[int, int]) -> int:
+    """Numbers of kernel, x and y of the dense map, and of their gradients."""
+    inputs, features = network.kernel_shape[-2:]
+    return 2 * (network.dense_params + positions[0] * inputs + positions[1] * features)
+
+
+@functools.lru_cache(maxsize=4096)
+def _in_parts(network: Network, whole: Plan, positions: tuple[int, int]) -> Plan:
+    """The plan, or the cheapest in parts that holds no more than the dense map."""
+    most = _dense_holds(network, positions)
+    if HELD * whole.cost.kept <= most:
+        return whole
+    found = []
+    for index, size in network.sizes:
+        for parts in slicing.numbers_of_parts(size):
+            smaller = slicing.part(network, index, parts)
+            one = _placed(smaller, (whole.front, (), ()), positions)
+            if HELD * one.cost.kept <= most:
+                cost = Cost(parts * one.cost.macs, parts * one.cost.moved, one.cost.kept)
+                found.append(dataclasses.replace(one, cost=cost, cut=index, parts=parts))
+                break
+    return min(found, key=lambda plan: plan.cost.time, default=whole)
 
 
 def _placings(network: Network) -> Iterable[tuple[tuple[str, ...], ...]]:
@@ -227,6 +258,11 @@ def run(network: Network, found: Plan, linear_map, x: Array, cores: Cores) -> Ar
     if missing := network.size(*network.inputs) - inputs:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
     lead = tuple(f"axis{i}" for i in range(x.ndim - 1))
+    if found.parts > 1:
+        whole = dataclasses.replace(found, cut="", parts=1)
+        one = functools.partial(_part, whole, linear_map)
+        y = slicing.in_parts(network, found.cut, found.parts, one, x, cores)
+        return y[..., :features]
     y = x.reshape(*x.shape[:-1], *map(network.size, network.inputs))
     have = (*lead, *network.inputs)
     front, window, behind = found.front, found.window, found.behind
@@ -241,6 +277,10 @@ def run(network: Network, found: Plan, linear_map, x: Array, cores: Cores) -> Ar
     if have != (out := (*lead, *network.outputs)):
         y = contract([(y, have)], out)
     return y.reshape(*y.shape[: len(lead)], network.size(*network.outputs))[..., :features]
+
+
+def _part(found: Plan, linear_map, network: Network, x: Array, cores: Cores) -> Array:
+    return run(network, found, linear_map, x, cores)
 
 
 def _contract(network: Network, y: Array, have, lead, names, cores: Cores, out):
@@ -258,24 +298,28 @@ def _contract(network: Network, y: Array, have, lead, names, cores: Cores, out):
 def _convolve(network: Network, flow: _Flow, window, linear_map, y, have, lead, cores):
     """The small convolution, and the indices that its output has."""
     kernel_size = linear_map.kernel_size
-    needed = (lead[0], *flow.passing, *lead[1:], *flow.grouped, *flow.contracted)
+    # Passing indices are groups with the same kernel where it sums over the window alone, and
+    # nothing has to move; else a part of the batch.
+    repeated = flow.passing if network.size(*flow.contracted) == 1 else ()
+    passing = () if repeated else flow.passing
+    grouped = (*repeated, *flow.grouped)
+    needed = (lead[0], *passing, *lead[1:], *grouped, *flow.contracted)
     y = contract([(y, have)], needed) if needed != have else y
-    batch = y.shape[: 1 + len(flow.passing)]
+    batch = y.shape[: 1 + len(passing)]
     spatial = y.shape[len(batch) : len(batch) + len(kernel_size)]
-    channels = network.size(*flow.grouped, *flow.contracted)
+    channels = network.size(*grouped, *flow.contracted)
     y = y.reshape(math.prod(batch), *spatial, channels)
     made = (*network.spatial, *flow.contracted, *flow.grouped, *flow.made)
     operands = [(cores[name], network.indices[name]) for name in window]
     path = order.best([of for _, of in operands], made, dict(network.sizes))
     kernel = contract(operands, made, optimize=path)
-    groups = network.size(*flow.grouped)
-    kernel = kernel.reshape(
-        *kernel_size, network.size(*flow.contracted), groups * network.size(*flow.made)
-    )
+    groups, own = network.size(*grouped), network.size(*flow.grouped, *flow.made)
+    kernel = kernel.reshape(*kernel_size, network.size(*flow.contracted), own)
+    kernel = jnp.tile(kernel, network.size(*repeated))
     y = dataclasses.replace(linear_map, groups=groups)(y, [kernel])
-    have = (lead[0], *flow.passing, *lead[1:], *flow.grouped, *flow.made)
-    y = y.reshape(*batch, *y.shape[1:-1], *map(network.size, (*flow.grouped, *flow.made)))
-    out = (*lead, *flow.passing, *flow.grouped, *flow.made)
+    have = (lead[0], *passing, *lead[1:], *grouped, *flow.made)
+    y = y.reshape(*batch, *y.shape[1:-1], *map(network.size, (*grouped, *flow.made)))
+    out = (*lead, *passing, *grouped, *flow.made)
     return (contract([(y, have)], out) if out != have else y), out
 
 
