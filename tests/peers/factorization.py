@@ -13,8 +13,8 @@ can span, ours has the smaller one, which can be the same kernels.
 
 All of a case and form run in one process, in turn, each after a step that is not counted. `ms` is
 the median over rounds, `ratio` the median of the time over the same framework's dense layer's in
-the same round. `kept_mib` is what our step's program needs beside its arguments and results, as the
-compiler planned it.
+the same round. `held_mib` is the memory of our step's program as the compiler planned it, with its
+arguments and results: the layer, x, all gradients, and what is kept in between.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def images(case: str) -> np.ndarray:
 
 
 def ours(case: str, kernel: str):
-    """A layer whose call is one step, what it plans to keep, and its parameters."""
+    """A layer whose call is one step, what it holds at once, and its parameters."""
     spec, rngs = LayerSpec(kernel=kernel), nnx.Rngs(0)
     if case == "conv":
         layer = Conv(64, 128, (3, 3), use_bias=False, spec=spec, rngs=rngs)
@@ -55,7 +55,10 @@ def ours(case: str, kernel: str):
 
     compiled = jax.jit(step).lower(params, x).compile()
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    planned = compiled.memory_analysis().temp_size_in_bytes
+    memory = compiled.memory_analysis()
+    planned = sum(
+        (memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)
+    )
     return lambda: jax.block_until_ready(compiled(params, x)), planned, count
 
 
@@ -150,7 +153,7 @@ def table(case: str, form: str, share: float, rounds: int) -> list[dict]:
                 ms=float(np.median(own)),
                 least_ms=float(np.min(own)),
                 ratio=float(np.median(own / base)),
-                kept_mib=None if planned is None else planned / 2**20,
+                held_mib=None if planned is None else planned / 2**20,
                 all_ms=own.tolist(),
             )
         )
@@ -167,10 +170,10 @@ def main() -> None:
     found = []
     for name in args.rows or [f"{case}/{form}" for case, forms in CASES.items() for form in forms]:
         for row in table(*name.split("/"), args.share, args.rounds):
-            kept = "-" if row["kept_mib"] is None else f"{row['kept_mib']:.1f}"
+            held = "-" if row["held_mib"] is None else f"{row['held_mib']:.1f}"
             print(
                 f"{row['case']:<14}{row['row']:<22}{row['params']:>9,}{row['ms']:>9.2f} ms"
-                f"{row['least_ms']:>9.2f}{row['ratio']:>8.2f}{kept:>8}  {row['kernel']}",
+                f"{row['least_ms']:>9.2f}{row['ratio']:>8.2f}{held:>8}  {row['kernel']}",
                 flush=True,
             )
             found.append(row)
