@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from efficient_nets.errors import UserError
-from efficient_nets.search.space import Space
+from efficient_nets.models.space import Space
 
 SMALL = Space(nodes=2, precisions=("ternary", "float"))
 
