@@ -67,9 +67,16 @@ def stacked(make: Callable[[nnx.Rngs], nnx.Module], number: int, key: Array) -> 
 
     It is for `switched` with `at`, or for `taken`; as it is, it cannot be called.
     """
-    graph, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(key))))
-    state = jax.vmap(lambda key: nnx.state(make(nnx.Rngs(key))))(jax.random.split(key, number))
-    return nnx.merge(graph, state)
+    graphs = []
+
+    @jax.vmap
+    def made(key):
+        graph, state = nnx.split(make(nnx.Rngs(key)))
+        graphs.append(graph)
+        return state
+
+    state = made(jax.random.split(key, number))
+    return nnx.merge(graphs[0], state)
 
 
 def taken(module: nnx.Module, at: Array | int) -> nnx.Module:

@@ -31,6 +31,7 @@ from efficient_nets.layers.collect import add, wanted
 from efficient_nets.models import operations, parts
 from efficient_nets.models.operations import pointwise
 from efficient_nets.models.space import INPUT, OP, OPS, PRECISION, Space
+from efficient_nets.ops.precision import Precision
 
 # The one that ENAS found on CIFAR-10 with B = 5, of its published training script.
 ENAS_ARC = "0 2 0 0 0 4 0 1 0 4 1 1 1 0 0 1 0 2 1 1 1 0 1 0 0 3 0 2 1 1 3 1 1 0 0 4 0 3 1 1"
@@ -104,8 +105,8 @@ class Style:
       mix: Spec of the pointwise convolutions that are no operands.
     """
 
-    def __init__(self, space: Space, activation: str, mix: LayerSpec):
-        self.space, self.mix = space, mix
+    def __init__(self, space: Space, activation: str, mix_precision: str):
+        self.space = space
         self.ops = tuple(map(operations.parse, space.ops))
         self.activation = parts.activation(activation)
         numbers, count = [], 0
@@ -120,6 +121,8 @@ class Style:
                     op.spec(precision)
                 except UserError as error:
                     raise UserError(f"model.precisions: {precision!r}: {error}") from error
+        given = mix_precision or operations.of_dense(space.precisions[0])
+        self.mix = _spec("mix_precision", given)
 
     def ways(self, op: operations.Operation, features: int, rngs: nnx.Rngs) -> list[nnx.Module]:
         return op.ways(features, self.space.precisions, self.activation, rngs)
@@ -358,8 +361,7 @@ class Cells(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.space = Space(nodes, tuple(ops), tuple(precisions), shared_precision)
-        mix = _spec("mix_precision", mix_precision or self.space.precisions[0])
-        style = Style(self.space, activation, operations.of_pointwise(mix))
+        style = Style(self.space, activation, mix_precision)
         self.places = reduction_places(layers, reductions)
         parts.check_size(image_shape, halvings=len(self.places))
         for field, value, high in (("auxiliary", auxiliary, None), ("drop_path", drop_path, 1)):
@@ -392,7 +394,7 @@ class Cells(nnx.Module):
         )
         self.stem_norm = BatchNorm(channels, rngs=rngs)
         shapes = ((channels, 0), (channels, 0))
-        unused = None if tokens is None else np.asarray(self.space.unused(jnp.asarray(tokens)))
+        unused = None if tokens is None else _unused(self.space, tokens)
         cells = []
         self.auxiliary_head = nnx.data(None)
         self.auxiliary_at = min(self.places[-1] + 1, layers + 1)
@@ -461,7 +463,12 @@ class Cells(nnx.Module):
         return jnp.where(jnp.broadcast_to(stays[kinds][..., None], shape), 1.0, factor)
 
 
-def _spec(field: str, precision: str) -> LayerSpec:
+def _unused(space: Space, tokens: np.ndarray) -> np.ndarray:
+    with jax.ensure_compile_time_eval():  # a net is made under jit too
+        return np.asarray(space.unused(jnp.asarray(tokens)))
+
+
+def _spec(field: str, precision: str | Precision) -> LayerSpec:
     try:
         return LayerSpec(precision=precision)
     except UserError as error:
@@ -497,7 +504,7 @@ def extract(net: Cells, architecture) -> Cells:
     if net.arc:
         raise UserError("the net has an architecture already: extract from a shared one, arc=''")
     tokens = net.space.check(architecture)
-    unused = np.asarray(net.space.unused(jnp.asarray(tokens)))
+    unused = _unused(net.space, tokens)
     fixed = nnx.clone(net)
     fixed.arc, fixed.architecture = net.space.text(tokens), nnx.data(None)
     for number, cell in enumerate(fixed.cells):

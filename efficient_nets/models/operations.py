@@ -18,6 +18,8 @@ from efficient_nets.errors import UserError
 from efficient_nets.layers import BatchNorm, Conv, Dense, Layer, LayerSpec, kaiming_normal
 from efficient_nets.layers import layer_norm_act as unit
 from efficient_nets.models import parts
+from efficient_nets.ops.precision import Precision
+from efficient_nets.ops.precision import parse as parse_precision
 
 FIELDS = tuple(
     f.name for f in dataclasses.fields(LayerSpec) if f.name not in ("precision", "joint")
@@ -25,15 +27,21 @@ FIELDS = tuple(
 
 
 def pointwise(in_features: int, features: int, spec: LayerSpec, *, rngs: nnx.Rngs) -> Dense:
-    """A 1x1 convolution. Of type Dense: a `lax.conv` in a branch is many times as slow on CPUs."""
+    """A 1x1 convolution. Of type Dense: a `lax.conv` in a branch is many times as slow on CPUs.
+
+    Without a window it is direct, and nothing is rounded inside of transforms.
+    """
+    inner = dict.fromkeys(spec.precision.inner)
+    precision = dataclasses.replace(spec.precision, **inner)
+    spec = dataclasses.replace(spec, algorithm="direct", precision=precision)
     init = dict(use_bias=False, kernel_init=kaiming_normal)
-    return Dense(in_features, features, spec=of_pointwise(spec), rngs=rngs, **init)
+    return Dense(in_features, features, spec=spec, rngs=rngs, **init)
 
 
-def of_pointwise(spec: LayerSpec) -> LayerSpec:
-    """The same without a window: direct, and nothing rounded inside of transforms."""
-    precision = dataclasses.replace(spec.precision, **dict.fromkeys(spec.precision.inner))
-    return dataclasses.replace(spec, algorithm="direct", precision=precision)
+def of_dense(precision: str) -> Precision:
+    """The same of a plain dense layer, which has neither transforms nor cores to round."""
+    found = parse_precision(precision)
+    return dataclasses.replace(found, core=None, **dict.fromkeys(found.inner))
 
 
 def activated(x: Array, activation: parts.Activation, layer: Layer) -> Array:
