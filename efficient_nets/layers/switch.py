@@ -9,6 +9,7 @@ from flax import nnx
 from jax import Array, lax
 
 from efficient_nets.layers.collect import add, collecting, wanted
+from efficient_nets.layers.linear import Layer
 from efficient_nets.layers.precision import Range
 
 
@@ -65,7 +66,8 @@ def switched(
 def stacked(make: Callable[[nnx.Rngs], nnx.Module], number: int, key: Array) -> nnx.Module:
     """A module whose variables have a leading axis: of `number` modules that `make` gives.
 
-    It is for `switched` with `at`, or for `taken`; as it is, it cannot be called.
+    It is for `switched` with `at`, or for `taken`; as it is, it cannot be called. Nothing that goes
+    over the layers of a net sees those in it: neither rules nor the layer table nor `calibrate`.
     """
     graphs = []
 
@@ -76,13 +78,23 @@ def stacked(make: Callable[[nnx.Rngs], nnx.Module], number: int, key: Array) -> 
         return state
 
     state = made(jax.random.split(key, number))
-    return nnx.merge(graphs[0], state)
+    module = nnx.merge(graphs[0], state)
+    for layer in _layers(module):
+        layer.stacked = True
+    return module
 
 
 def taken(module: nnx.Module, at: Array | int) -> nnx.Module:
     """The one at this position of a stacked module, with its own copy of the variables."""
     graph, state = nnx.split(module)
-    return nnx.merge(graph, _at(jnp.asarray(at, jnp.int32), state))
+    found = nnx.merge(graph, _at(jnp.asarray(at, jnp.int32), state))
+    for layer in _layers(found):
+        del layer.stacked
+    return found
+
+
+def _layers(module: nnx.Module) -> list[Layer]:
+    return [node for _, node in nnx.iter_graph(module) if isinstance(node, Layer)]
 
 
 def _at(index: Array, state):

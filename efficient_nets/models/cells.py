@@ -31,6 +31,7 @@ from efficient_nets.layers.collect import add, wanted
 from efficient_nets.models import operations, parts
 from efficient_nets.models.operations import pointwise
 from efficient_nets.models.space import INPUT, OP, OPS, PRECISION, Space
+from efficient_nets.ops import factorization
 from efficient_nets.ops.precision import Precision
 
 # The one that ENAS found on CIFAR-10 with B = 5, of its published training script.
@@ -123,6 +124,16 @@ class Style:
                     raise UserError(f"model.precisions: {precision!r}: {error}") from error
         given = mix_precision or operations.of_dense(space.precisions[0])
         self.mix = _spec("mix_precision", given)
+
+    def check_shared(self) -> None:
+        """Raises a UserError on what a shared net cannot have."""
+        for op in self.ops:
+            kernel = op.spec("float").kernel
+            if kernel != factorization.DENSE and kernel.lasso:
+                raise UserError(
+                    f"model.ops: kernel='{kernel}' in a shared net, of which the loss has no part "
+                    "for ranks: leave out the lasso"
+                )
 
     def ways(self, op: operations.Operation, features: int, rngs: nnx.Rngs) -> list[nnx.Module]:
         return op.ways(features, self.space.precisions, self.activation, rngs)
@@ -296,7 +307,9 @@ class AuxiliaryHead(nnx.Module):
         self.head = parts.head(hidden, num_classes, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        x = nnx.avg_pool(self.activation(x), self.window, strides=(3, 3))
+        zero, window = np.zeros((), x.dtype), (1, *self.window, 1)
+        x = lax.reduce_window(self.activation(x), zero, lax.add, window, (1, 3, 3, 1), "VALID")
+        x = x / jnp.asarray(np.prod(self.window), x.dtype)
         x = layer_norm_act(x, self.project, self.project_norm, self.activation)
         x = layer_norm_act(x, self.hidden, self.hidden_norm, self.activation)
         return self.head(parts.global_mean(x))
@@ -377,6 +390,8 @@ class Cells(nnx.Module):
         self.activation, self.auxiliary = style.activation, float(auxiliary)
         self.drop_path, self.drop_path_steps = float(drop_path), drop_path_steps
         self.deterministic = False
+        if not arc:
+            style.check_shared()
         tokens = self.space.parse(arc) if arc else None
         self.arc = "" if tokens is None else self.space.text(tokens)
         zeros = jnp.zeros(self.space.shape, jnp.int32)
@@ -455,8 +470,8 @@ class Cells(nnx.Module):
         depth = jnp.arange(1, count + 1, dtype=jnp.float32) / count
         keep = (1 - depth * self.drop_path * ramp)[:, None, None, None]
         shape = (count, self.space.nodes, 2, samples)
-        drawn = jax.random.uniform(key, shape) < jnp.broadcast_to(keep, shape)
-        factor = drawn / jnp.broadcast_to(keep, shape)
+        keep = jnp.broadcast_to(keep, shape)
+        factor = jnp.where(jax.random.uniform(key, shape, jnp.float32) < keep, 1 / keep, 0.0)
         stays = [operations.parse(op).name == operations.IDENTITY for op in self.space.ops]
         stays = jnp.asarray(stays)[jnp.asarray(tokens)[..., OP]]
         kinds = jnp.asarray([int(number in self.places) for number in range(count)], jnp.int32)

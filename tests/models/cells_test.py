@@ -210,6 +210,17 @@ def test_statistics_of_one_batch_are_those_of_the_fixed_net(shared, images):
     np.testing.assert_allclose(run(net), run(fixed), rtol=1e-8, atol=1e-8)
 
 
+def test_rules_and_calibration_leave_shared_layers_alone(shared, images):
+    found = {path for path, _ in layers.layers(shared)}
+    assert {"stem", "head", "cells/1/reduce/conv1", "cells/0/end1"} <= found
+    assert not any("ways" in path for path in found)
+    given = nnx.eval_shape(lambda net, x: layers.calibrate(net, x), shared, images)
+    assert nnx.split(given)[0] == nnx.split(shared)[0]
+    halves = layers.set_compute_dtype(shared, jnp.bfloat16)
+    logits = nnx.eval_shape(lambda net, x: net(x), halves, images)
+    assert logits.dtype == jnp.bfloat16
+
+
 def test_parameters_are_counted():
     """sep 3x3: 2 (9 F + F^2 + 2 F); a 1x1 convolution and norm from C: C F + 2 F."""
 
@@ -304,13 +315,14 @@ def test_operations_have_every_axis():
     assert value.shape == x.shape
 
 
-def test_drop_path_scales_what_it_keeps(images):
+def test_drop_path_scales_what_it_keeps():
     arc = "0 4 0 3 0 3 0 4 0 4 0 3 0 3 0 4"
     net = arrays(
         arc=arc, drop_path=0.5, drop_path_steps=4, ops=("sep3", "avg3", "max3", "sep5", "identity")
     )
     for call in range(5):
-        factor = np.asarray(net._drop(net.tokens, 5000))
+        with jax.numpy_dtype_promotion("strict"):
+            factor = np.asarray(net._drop(net.tokens, 5000))
         identity = np.zeros((3, 2, 2, 1), bool)
         identity[:, 0, 0] = identity[:, 1, 1] = True
         identity = np.broadcast_to(identity, factor.shape)
@@ -336,7 +348,8 @@ def test_the_auxiliary_head_is_for_those_who_collect_it():
         assert owner.auxiliary == 0.4
         return logits, own
 
-    logits, own = nnx.eval_shape(run, net, jnp.zeros((2, 8, 8, 3), jnp.float32))
+    with jax.numpy_dtype_promotion("strict"):
+        logits, own = nnx.eval_shape(run, net, jnp.zeros((2, 8, 8, 3), jnp.float32))
     assert logits.shape == own.shape == (2, 3)
 
 
@@ -352,6 +365,7 @@ def test_the_auxiliary_head_is_for_those_who_collect_it():
         (dict(precisions=("c=lsq:4",)), r"model\.precisions: 'c=lsq:4': .*has no cores"),
         (dict(mix_precision="flaot"), r"model\.mix_precision: precision='flaot'"),
         (dict(stem_precision="4-bit"), r"model\.stem_precision: precision='4-bit'"),
+        (dict(ops=("conv3|kernel=tt:2,lasso=0.1",)), r"kernel='tt:2,lasso.*leave out the lasso"),
         (dict(layers=0), r"model\.layers=0: must be at least 1"),
         (dict(reductions=1), r"model\.reductions=1: allowed 3, 2"),
         (dict(drop_path=1.0), r"model\.drop_path=1\.0: must be 0 or more, below 1"),
