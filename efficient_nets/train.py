@@ -234,7 +234,7 @@ def train_step(
     def loss_fn(params):
         model = nnx.merge(run.graph, params, state.stats)
         model.train()
-        with layers.collecting("losses") as losses:
+        with layers.collecting("losses") as losses, layers.collecting("auxiliary") as heads:
             logits, peaks = (
                 _watched(model, images) if run.config.log.products else (model(images), {})
             )
@@ -244,6 +244,10 @@ def train_step(
             soft = run.task.distillation_loss(logits, teacher.logits(images), temperature)
             metrics["distillation_loss"] = soft
             loss = (1 - weight) * loss + weight * soft
+        if heads:
+            parts = [net.auxiliary * run.task.loss(own, labels)[0] for net, own in heads]
+            metrics["auxiliary_loss"] = sum(parts)
+            loss = loss + metrics["auxiliary_loss"]
         if losses:
             metrics["quantization_loss"] = sum(value for _, value in losses)
             loss = loss + metrics["quantization_loss"]

@@ -24,6 +24,7 @@ from efficient_nets.layers.recalibrate import batch_moments, recalibrate_norms
 from efficient_nets.layers.recurrent import CELLS, GRU, LSTM, Recurrent
 from efficient_nets.layers.rules import convert, layers, ranges, set_compute_dtype, t_layers
 from efficient_nets.layers.spec import LayerSpec
+from efficient_nets.layers.switch import stacked, switched, taken
 from efficient_nets.layers.tproduct import TDense
 from efficient_nets.layers.winograd import transform_kernels
 
@@ -59,7 +60,10 @@ __all__ = [
     "ranges",
     "recalibrate_norms",
     "set_compute_dtype",
+    "stacked",
+    "switched",
     "t_layers",
+    "taken",
     "transform_kernels",
     "watched",
 ]

@@ -8,7 +8,7 @@ from flax import nnx
 
 _kinds: dict[str, contextvars.ContextVar[list | None]] = {
     kind: contextvars.ContextVar(kind, default=None)
-    for kind in ("peaks", "losses", "norms", "lost")
+    for kind in ("peaks", "losses", "norms", "lost", "auxiliary")
 }
 
 
@@ -24,8 +24,11 @@ def collecting(kind: str):
     'lost': in `calibrate`, in place of the layer the path of each whose input has a quantizer for
     values from 0 on; the share of the input's magnitude that lies below.
 
-    All but norms are scalars, tracers under `jax.jit`: return them from the function that is
-    traced; out of `nnx.remat` and the like they cannot be taken.
+    'auxiliary': logits of an auxiliary head, with the net that has it and its weight of their loss,
+    `net.auxiliary`.
+
+    All but norms and logits are scalars, tracers under `jax.jit`: return them from the function
+    that is traced; out of `nnx.remat` and the like they cannot be taken.
     """
     found: list = []
     token = _kinds[kind].set(found)

@@ -45,9 +45,11 @@ class Layer(nnx.Module):
       watch, prepare: Static; what each call is shown to, behind and in front of it, see
         `observe.watched`.
       removed: Static; the layer has become the identity and has no parameters.
+      stacked: Static; its variables have a leading axis, see `switch.stacked`.
     """
 
     watch = prepare = None
+    stacked = False
 
     def __init__(self, geometry: Geometry, spec: LayerSpec | None, rngs: nnx.Rngs):
         self.geometry, self.spec, self.removed = geometry, spec or LayerSpec(), False

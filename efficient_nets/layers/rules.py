@@ -28,7 +28,8 @@ FIELDS = ("match", REMOVE, *(field.name for field in dataclasses.fields(LayerSpe
 def layers(model: nnx.Module) -> Iterator[tuple[str, Layer]]:
     """Every Dense, Conv and Embedding with its path, such as `stage1/0/conv2`, sorted by path.
 
-    Those that a rule removed are left out; the channel adapters that replace some are not.
+    Those that a rule removed are left out; the channel adapters that replace some are not. So are
+    stacked ones, which are several layers in one: see `switch.stacked`.
     """
     for path, layer in _with_removed(model):
         if not layer.removed:
@@ -51,7 +52,7 @@ def ranges(model: nnx.Module) -> Iterator[tuple[str, Range]]:
 
 def _with_removed(model: nnx.Module) -> Iterator[tuple[str, Layer]]:
     for path, node in nnx.iter_graph(model):
-        if isinstance(node, Layer):
+        if isinstance(node, Layer) and not node.stacked:
             yield "/".join(map(str, path)), node
 
 
@@ -171,8 +172,9 @@ def _spec(rule: Mapping, layer: Layer) -> LayerSpec:
 def set_compute_dtype(model: nnx.Module, dtype: jnp.dtype) -> nnx.Module:
     """A copy of the model whose Dense, Conv and TDense layers compute their products in `dtype`."""
     model = nnx.clone(model)
-    for _, layer in layers(model):
-        layer.geometry = dataclasses.replace(layer.geometry, dtype=dtype)
+    for _, layer in nnx.iter_graph(model):
+        if isinstance(layer, Layer):
+            layer.geometry = dataclasses.replace(layer.geometry, dtype=dtype)
     for _, layer in t_layers(model):
         layer.dtype = dtype
     return model

@@ -15,6 +15,7 @@ from flax import nnx
 from efficient_nets import names
 from efficient_nets.errors import UserError
 from efficient_nets.models import resnet
+from efficient_nets.models.cells import Cells
 from efficient_nets.models.lenet import LeNet
 from efficient_nets.models.mobilenet import MobileNet
 from efficient_nets.models.mobilenet_v2 import MobileNetV2
@@ -43,6 +44,7 @@ MODELS = {
     "tnn": TNN,
     "conv_tnn": ConvTNN,
     "rnn": RNN,
+    "cells": Cells,
 }
 
 # Options of published variants, by architecture and their own name.

@@ -9,7 +9,6 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
@@ -17,7 +16,6 @@ from jax import Array, lax
 from efficient_nets import layers
 from efficient_nets.layers import Layer
 from efficient_nets.layers import norm as norms
-from efficient_nets.layers.collect import add, collecting, wanted
 
 WAYS = "ways"  # the attribute of a `Choice` that holds its candidates
 
@@ -67,25 +65,7 @@ class Choice(Layer):
         return y if activation is None else activation(y)
 
     def _way(self, index: Array, x: Array) -> Array:
-        graph, params, others = nnx.split(self.ways, nnx.Param, ...)
-
-        # What a branch would keep for the backward pass, every other one would have to keep as
-        # zeros: each computes it again.
-        @functools.partial(jax.checkpoint, static_argnums=0)
-        def one(number: int, params, others, x):
-            ways = nnx.merge(graph, params, others)
-            with collecting("losses") as losses, collecting("peaks"):
-                y = ways[number].unit(x)
-            loss = sum((x.astype(jnp.float32) for _, x in losses), jnp.zeros((), jnp.float32))
-            return y, nnx.state(ways, nnx.Not(nnx.Param)), loss
-
-        branches = [functools.partial(one, number) for number in range(len(self.ways))]
-        y, others, loss = lax.switch(index, branches, params, others, x)
-        nnx.update(self.ways, others)
-        ranges = (found for way in self.ways for found in (way.ranges or {}).values())
-        if wanted("losses") and any(found.quantizer.loss for found in ranges):
-            add("losses", self, loss)
-        return y
+        return layers.switched(self.ways, index, x, lambda way, x: way.unit(x))
 
 
 def choices(model: nnx.Module) -> dict[str, Choice]:

@@ -30,6 +30,11 @@ SMALL = {
     "tnn": (dict(depth=1), (5, 4, 3), "head"),
     "conv_tnn": (dict(width=0.125), (9, 13, 1), "conv"),
     "rnn": (dict(hidden=8), (5, 4, 3), "input"),
+    "cells": (
+        dict(nodes=1, layers=1, features=2, ops=("conv3", "identity"), arc="0 0 1 1 0 1 1 0"),
+        (9, 13, 3),
+        "op/conv",
+    ),
 }
 # Two groups of blocks have all that more of them have.
 SHORT_V2 = (1, ((1, 16, 1, 1), (6, 24, 2, 2)))
@@ -175,6 +180,15 @@ def test_names_of_layers_are_stable(monkeypatch):
         "tnn": ["head"],
         "conv_tnn": ["conv1", "conv2", "head"],
         "rnn": ["cells/0/hidden", "cells/0/input", "head"],
+        "cells": [
+            *(
+                f"cells/{i}/{name}"
+                for i in (0, 1)
+                for name in ("end0", "first/conv1", "first/conv2", "nodes/0/y/op/conv")
+                + ("reduce/conv1", "reduce/conv2")
+            ),
+            *("cells/2/end0", "cells/2/nodes/0/x/op/conv", "head", "stem"),
+        ],
     }
     for name, (options, image_shape, _) in SMALL.items():
         model = shapes(name, image_shape, **options)
