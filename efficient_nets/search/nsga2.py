@@ -59,7 +59,7 @@ class NSGA2:
     def init(self, key: Array) -> NSGA2State:
         del key
         architectures, _ = evolution.empty(self.space, self.population)
-        objectives = jnp.full((self.population, self.objectives), -jnp.inf)
+        objectives = jnp.full((self.population, self.objectives), -jnp.inf, jnp.float32)
         return NSGA2State(architectures, objectives, jnp.zeros((), jnp.int32))
 
     def propose(self, state: NSGA2State, key: Array, number: int) -> Array:
