@@ -39,7 +39,9 @@ class Best(NamedTuple):
 
 
 def empty(space: Space, number: int) -> Best:
-    return Best(jnp.zeros((number, *space.shape), jnp.int32), jnp.full(number, -jnp.inf, jnp.float32))
+    return Best(
+        jnp.zeros((number, *space.shape), jnp.int32), jnp.full(number, -jnp.inf, jnp.float32)
+    )
 
 
 def no_number_is_worst(rewards: Array) -> Array:
