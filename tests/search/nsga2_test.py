@@ -91,6 +91,18 @@ def test_children_are_of_tokens_of_two_parents():
     assert alike.all((2, 3, 4, 5)).any(1).all()
 
 
+def test_parents_win_a_tournament_of_two():
+    strategy = NSGA2(SPACE, population=4, crossover=0.0, mutation=0.0)
+    told = evolution.randoms(SPACE, jax.random.key(1), 4)
+    objectives = jnp.array([[3.0, 3.0], [2.0, 2.0], [1.0, 1.0], [0.0, 0.0]])
+    state, _ = strategy.update(strategy.init(None), told, objectives)
+    found = jax.jit(strategy.propose, static_argnums=2)(state, jax.random.key(2), 2000)
+    counts = (np.asarray(found)[:, None] == np.asarray(told)[None]).all((2, 3, 4, 5)).sum(0)
+    # The first of two draws of four; five standard deviations of a count.
+    p = np.array([7, 5, 3, 1]) / 16
+    np.testing.assert_array_less(np.abs(counts - 2000 * p), 5 * np.sqrt(2000 * p * (1 - p)))
+
+
 def test_it_finds_a_better_front_than_random_search():
     weights = jax.random.uniform(jax.random.key(3), (*SPACE.shape, 5))
 
