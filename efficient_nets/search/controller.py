@@ -133,9 +133,7 @@ class Controller:
             state.params, state, architectures, rewards
         )
         walks, totals, baseline = aux
-        decay, number = self.baseline_decay, len(rewards)
-        fades = decay ** jnp.arange(number - 1, -1, -1, dtype=totals.dtype)
-        moved = decay**number * baseline + (1 - decay) * jnp.sum(fades * totals)
+        moved = moving_mean(baseline, totals, self.baseline_decay)
         with jax.numpy_dtype_promotion("standard"):  # as optax needs
             updates, optimizer = self._optimizer.update(gradient, state.optimizer)
         params = optax.apply_updates(state.params, updates)
@@ -305,6 +303,13 @@ class Controller:
     def _bounded(self, logits: Array, reduction: float = 1.0) -> Array:
         logits = logits / self.temperature
         return logits if self.bound is None else self.bound / reduction * jnp.tanh(logits)
+
+
+def moving_mean(mean: Array, values: Array, decay: float) -> Array:
+    """`decay mean + (1 - decay) value`, for each of the values `(n,)` in turn: ()."""
+    number = len(values)
+    fades = decay ** jnp.arange(number - 1, -1, -1, dtype=values.dtype)
+    return decay**number * mean + (1 - decay) * jnp.sum(fades * values)
 
 
 def _at(tree, place):

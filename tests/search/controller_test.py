@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from efficient_nets.errors import UserError
-from efficient_nets.search.controller import Controller
+from efficient_nets.search.controller import Controller, ControllerState, moving_mean
 from efficient_nets.search.space import Space
 
 TINY = Space(nodes=1, ops=("sep3", "identity"))  # 256 architectures
@@ -159,18 +159,23 @@ def test_the_expected_step_is_the_exact_gradient():
 
 
 def test_the_baseline_is_the_moving_mean_of_rewards():
-    controller = Controller(TINY, size=4, baseline_decay=0.9, entropy_weight=0.0)
-    state = controller.init(jax.random.key(0))
-    architectures = controller.propose(state, jax.random.key(1), 3)
-    update = jax.jit(controller.update)
-    baseline = None
-    for rewards in ([1.0, 2.0, 4.0], [0.5, 0.0, 1.0]):
-        state, metrics = update(state, architectures, jnp.array(rewards))
-        baseline = np.mean(rewards) if baseline is None else baseline
-        for reward in rewards:
-            baseline = 0.9 * baseline + 0.1 * reward
-        assert float(state.baseline) == float(metrics["baseline"])
-        assert float(state.baseline) == pytest.approx(baseline, rel=1e-6)  # float32
+    values, mean = [1.0, 2.0, 4.0], 0.5
+    found = moving_mean(jnp.array(mean), jnp.array(values), 0.9)
+    for value in values:
+        mean = 0.9 * mean + 0.1 * value
+    assert float(found) == pytest.approx(mean, rel=1e-6)  # float32
+
+
+def test_the_first_baseline_is_the_mean():
+    controller, params = wide(TINY, entropy_weight=0.5)
+    with jax.enable_x64(True):
+        params = jax.tree.map(jnp.asarray, params)
+        state = ControllerState(params, None, jnp.array(7.0), jnp.zeros((), jnp.int32))
+        architectures, rewards = jnp.asarray(every(TINY)[:3]), jnp.array([1.0, 2.0, 6.0])
+        loss = jax.jit(lambda params: controller.loss(params, state, architectures, rewards))
+        _, (walks, totals, baseline) = jax.tree.map(np.asarray, loss(params))
+    np.testing.assert_allclose(totals, [1, 2, 6] + 0.5 * walks.entropy, rtol=1e-12)
+    assert float(baseline) == pytest.approx(float(np.mean(totals)), rel=1e-12)
 
 
 @pytest.mark.slow

@@ -15,6 +15,11 @@ from efficient_nets.search.space import Space
 SPACE = Space(nodes=2, precisions=("a", "b", "c"))
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def randoms(key, number):
+    return evolution.randoms(SPACE, key, number)
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_mutation_changes_one_thing_of_each_kind_as_often(shared):
     space = Space(nodes=2, precisions=("a", "b", "c"), shared_precision=shared)
@@ -41,7 +46,7 @@ def test_what_there_is_one_of_does_not_change():
     space = Space(nodes=2, ops=("a",))
     keys = jax.random.split(jax.random.key(1), 50)
     parent = space.random(jax.random.key(0))
-    found = jax.vmap(lambda key: evolution.mutate(space, key, parent))(keys)
+    found = jax.jit(jax.vmap(lambda key: evolution.mutate(space, key, parent)))(keys)
     changed = np.asarray(found) != np.asarray(parent)
     assert changed[..., 0].sum() == 50 == changed.sum()
 
@@ -49,7 +54,7 @@ def test_what_there_is_one_of_does_not_change():
 def test_the_oldest_members_go_and_the_best_of_all_are_remembered():
     strategy = Evolution(SPACE, population=3, sample=2, keep=2)
     state, update = strategy.init(jax.random.key(0)), jax.jit(strategy.update)
-    told = evolution.randoms(SPACE, jax.random.key(1), 8)
+    told = randoms(jax.random.key(1), 8)
     rewards = jnp.array([0.9, 0.1, 0.2, 0.3, 0.8, 0.4, jnp.nan, 0.5])
     for start in range(0, 8, 2):
         state, metrics = update(state, told[start : start + 2], rewards[start : start + 2])
@@ -62,7 +67,7 @@ def test_the_oldest_members_go_and_the_best_of_all_are_remembered():
 
 def test_children_are_of_the_best_of_a_sample():
     strategy = Evolution(SPACE, population=4, sample=2)
-    told = evolution.randoms(SPACE, jax.random.key(1), 4)
+    told = randoms(jax.random.key(1), 4)
     state, _ = strategy.update(strategy.init(jax.random.key(0)), told, jnp.arange(4.0))
     found = np.asarray(jax.jit(strategy.propose, static_argnums=2)(state, jax.random.key(2), 4000))
     distances = (found[:, None] != np.asarray(told)[None]).sum((2, 3, 4, 5))
@@ -75,7 +80,7 @@ def test_children_are_of_the_best_of_a_sample():
 
 def test_the_best_are_remembered_once_with_their_last_reward():
     strategy = Random(SPACE, keep=3)
-    told = strategy.propose(None, jax.random.key(1), 3)
+    told = randoms(jax.random.key(1), 3)
     state = strategy.init(jax.random.key(0))
     state, _ = strategy.update(state, told[:2], jnp.array([0.5, 0.6]))
     expected = told[jnp.array([1, 0, 1])]  # the best again where fewer are known
@@ -86,6 +91,7 @@ def test_the_best_are_remembered_once_with_their_last_reward():
     np.testing.assert_array_equal(state.best.rewards, jnp.array([0.5, 0.3, 0.1]))
 
 
+@pytest.mark.slow
 def test_evolution_beats_random_search():
     hidden = SPACE.random(jax.random.key(3))
 
@@ -112,7 +118,7 @@ def test_numbers_that_do_not_fit_are_named():
     with pytest.raises(UserError, match="evolution.sample=0: must be at least 1"):
         Evolution(SPACE, sample=0)
     strategy = Evolution(SPACE, population=2, keep=3)
-    state, told = strategy.init(None), evolution.randoms(SPACE, jax.random.key(1), 3)
+    state, told = strategy.init(None), randoms(jax.random.key(1), 3)
     with pytest.raises(UserError, match="evolution.population=2: must be at least the 3"):
         strategy.update(state, told, jnp.zeros(3))
     with pytest.raises(UserError, match="keep=3: 4 finalists need at least as many"):

@@ -16,6 +16,11 @@ from efficient_nets.search.space import Space
 SPACE = Space(nodes=2, precisions=("a", "b", "c"))
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def randoms(key, number):
+    return evolution.randoms(SPACE, key, number)
+
+
 def beats(one, other):
     return all(one >= other) and any(one > other)
 
@@ -58,7 +63,7 @@ def test_fronts_and_crowding_are_those_of_the_definitions(ties):
 
 def test_the_first_fronts_stay_and_of_the_last_the_loneliest():
     strategy = NSGA2(SPACE, population=4)
-    told = evolution.randoms(SPACE, jax.random.key(1), 7)
+    told = randoms(jax.random.key(1), 7)
     objectives = [[0, 3], [0.1, 2], [0.5, 1.9], [3, 0], [0, 0], [9, 9], [jnp.nan, 9]]
     update = jax.jit(strategy.update)
     state, metrics = update(strategy.init(None), told, jnp.array(objectives))
@@ -75,7 +80,7 @@ def test_the_first_fronts_stay_and_of_the_last_the_loneliest():
 
 def test_children_are_of_tokens_of_two_parents():
     strategy = NSGA2(SPACE, population=6, crossover=1.0, mutation=0.0)
-    told = evolution.randoms(SPACE, jax.random.key(1), 2)
+    told = randoms(jax.random.key(1), 2)
     # Both are ends of one front; with crossover and no mutation all tokens are of either.
     objectives = jnp.array([[0.0, 1.0], [1.0, 0.0]])
     state, _ = strategy.update(strategy.init(None), told, objectives)
@@ -85,15 +90,11 @@ def test_children_are_of_tokens_of_two_parents():
     assert (of_first | of_second).all()
     mixed = ~of_first.all((1, 2, 3, 4)) & ~of_second.all((1, 2, 3, 4))
     assert mixed.mean() > 0.3  # one half has twice the same parent
-    clones = NSGA2(SPACE, population=6, crossover=0.0, mutation=0.0)
-    children = clones.propose(state, jax.random.key(2), 50)
-    alike = np.asarray(children)[:, None] == np.asarray(told)[None]
-    assert alike.all((2, 3, 4, 5)).any(1).all()
 
 
 def test_parents_win_a_tournament_of_two():
     strategy = NSGA2(SPACE, population=4, crossover=0.0, mutation=0.0)
-    told = evolution.randoms(SPACE, jax.random.key(1), 4)
+    told = randoms(jax.random.key(1), 4)
     objectives = jnp.array([[3.0, 3.0], [2.0, 2.0], [1.0, 1.0], [0.0, 0.0]])
     state, _ = strategy.update(strategy.init(None), told, objectives)
     found = jax.jit(strategy.propose, static_argnums=2)(state, jax.random.key(2), 2000)
@@ -103,6 +104,7 @@ def test_parents_win_a_tournament_of_two():
     np.testing.assert_array_less(np.abs(counts - 2000 * p), 5 * np.sqrt(2000 * p * (1 - p)))
 
 
+@pytest.mark.slow
 def test_it_finds_a_better_front_than_random_search():
     weights = jax.random.uniform(jax.random.key(3), (*SPACE.shape, 5))
 
@@ -126,7 +128,7 @@ def test_it_finds_a_better_front_than_random_search():
     for seed in range(3):
         key = jax.random.key(seed)
         found = searched(NSGA2(SPACE, population=20), key)
-        other = objectives(evolution.randoms(SPACE, key, 20 * 30))
+        other = objectives(randoms(key, 20 * 30))
         volumes.append([hypervolume(each, (0.0, -1.0)) for each in (found, other)])
     assert all(found > 1.1 * other for found, other in volumes), volumes
 
@@ -135,6 +137,6 @@ def test_numbers_that_do_not_fit_are_named():
     with pytest.raises(UserError, match=r"nsga2.mutation=2: must be in \[0, 1\]"):
         NSGA2(SPACE, mutation=2)
     strategy = NSGA2(SPACE, objectives=2)
-    told = evolution.randoms(SPACE, jax.random.key(1), 3)
+    told = randoms(jax.random.key(1), 3)
     with pytest.raises(UserError, match=r"rewards have the shape \(3,\), must be \(n, 2\)"):
         strategy.update(strategy.init(None), told, jnp.zeros(3))
