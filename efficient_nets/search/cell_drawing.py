@@ -12,7 +12,7 @@ import pathlib
 import numpy as np
 
 from efficient_nets.analysis import figures
-from efficient_nets.search.space import CELLS, INPUT, OP, PRECISION, Space
+from efficient_nets.models.space import CELLS, INPUT, OP, PRECISION, Space
 
 COLORS = {"input": "white", "op": "khaki", "sum": "palegreen", "concat": "lightpink"}
 # Inches; "" is a passage, which is as wide as its column.

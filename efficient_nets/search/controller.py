@@ -24,7 +24,7 @@ import optax
 from jax import Array, lax
 
 from efficient_nets.errors import UserError
-from efficient_nets.search.space import INPUT, OP, PRECISION, Space
+from efficient_nets.models.space import INPUT, OP, PRECISION, Space
 
 Params = dict[str, Array]
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from efficient_nets.errors import UserError
+from efficient_nets.models.space import Space
 from efficient_nets.search import evolution
 from efficient_nets.search.rewards import dominates
-from efficient_nets.search.space import Space
 
 
 class NSGA2State(NamedTuple):

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from efficient_nets.errors import UserError
-from efficient_nets.search.space import INPUT, OP, PRECISION, Space
+from efficient_nets.models.space import INPUT, OP, PRECISION, Space
 
 
 class Choices(NamedTuple):

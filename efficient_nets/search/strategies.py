@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 from jax import Array
 
+from efficient_nets.models.space import Space
 from efficient_nets.search.controller import Controller
 from efficient_nets.search.evolution import Evolution, Random
 from efficient_nets.search.nsga2 import NSGA2
-from efficient_nets.search.space import Space
 
 
 class Strategy(Protocol):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from efficient_nets.errors import UserError
+from efficient_nets.models.space import Space
 from efficient_nets.search import cell_drawing
-from efficient_nets.search.space import Space
 
 SPACE = Space(nodes=7, precisions=("ternary", "float", "lsq:w4a4,granularity=channel"))
 CHAIN = "".join(f"{node} 0 {node + 1} 1 " for node in range(7))

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from efficient_nets.errors import UserError
+from efficient_nets.models.space import Space
 from efficient_nets.search.controller import Controller, ControllerState, moving_mean
-from efficient_nets.search.space import Space
 
 TINY = Space(nodes=1, ops=("sep3", "identity"))  # 256 architectures
 SHARED = Space(nodes=1, ops=("sep3",), precisions=("a", "b", "c"), shared_precision=True)  # 48

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from efficient_nets.errors import UserError
+from efficient_nets.models.space import Space
 from efficient_nets.search import evolution
 from efficient_nets.search.evolution import Evolution, Random
-from efficient_nets.search.space import Space
 
 SPACE = Space(nodes=2, precisions=("a", "b", "c"))
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from efficient_nets.errors import UserError
+from efficient_nets.models.space import Space
 from efficient_nets.search import evolution, nsga2
 from efficient_nets.search.nsga2 import NSGA2
 from efficient_nets.search.rewards import hypervolume
-from efficient_nets.search.space import Space
 
 SPACE = Space(nodes=2, precisions=("a", "b", "c"))
 

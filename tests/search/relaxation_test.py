@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from efficient_nets.models.space import Space
 from efficient_nets.search import relaxation
 from efficient_nets.search.relaxation import Choices, Relaxation
-from efficient_nets.search.space import Space
 
 SPACE = Space(nodes=2, ops=("sep3", "max3", "identity"), precisions=("a", "b"))
 SHARED = Space(nodes=2, ops=("sep3",), precisions=("a", "b", "c"), shared_precision=True)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from efficient_nets.errors import UserError
+from efficient_nets.models.space import Space
 from efficient_nets.search import rewards
 from efficient_nets.search.relaxation import Choices, one_hots
-from efficient_nets.search.space import Space
 
 SPACE = Space(nodes=3, ops=("sep3", "max3"), precisions=("a", "b", "c"))
 

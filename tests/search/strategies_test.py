@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from efficient_nets.checkpoint import Checkpoints
-from efficient_nets.search.space import Space
+from efficient_nets.models.space import Space
 from efficient_nets.search.strategies import STRATEGIES
 
 SPACE = Space(nodes=1, precisions=("a", "b"))
