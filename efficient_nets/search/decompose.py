@@ -139,5 +139,5 @@ def _error(form: Factorization, kernels: dict[str, jax.Array], bar) -> float:
 @functools.partial(jax.jit, static_argnums=0)
 def _decomposed_error(form: Factorization, kernel: jax.Array) -> jax.Array:
     network = form.network(kernel.shape)
-    cores = factorization.decompose(form.form, network, kernel)
+    cores = factorization.approximate(form.form, network, kernel)
     return factorization.relative_error(network, cores, kernel)

@@ -6,7 +6,7 @@ cores = factorization.decompose(form.form, network, kernel)
 kernel = factorization.reconstruct(network, cores)
 """
 
-from efficient_nets.ops.factorization.decomposition import decompose, relative_error
+from efficient_nets.ops.factorization.decomposition import approximate, decompose, relative_error
 from efficient_nets.ops.factorization.execution import factorized_map, plan
 from efficient_nets.ops.factorization.factored import Factored, dense
 from efficient_nets.ops.factorization.joint import layer_network, layer_of, scale_layers
@@ -25,6 +25,7 @@ __all__ = [
     "Network",
     "contributions",
     "core_scale",
+    "approximate",
     "decompose",
     "dense",
     "dropped",

@@ -24,14 +24,17 @@ RIDGE = 4
 
 
 def decompose(form: str, network: Network, kernel: Array) -> dict[str, Array]:
+    """Cores as of `approximate`, with scales with which all learn alike: see `_paced`."""
+    found = _paced(network, approximate(form, network, kernel))
+    return {name: core.astype(kernel.dtype) for name, core in found.items()}
+
+
+def approximate(form: str, network: Network, kernel: Array) -> dict[str, Array]:
     """Cores whose contraction is near the kernel, equal to it where the bonds are large enough.
 
     TT-SVD, TR-SVD, HT-SVD and ST-HOSVD split one core after another off the tensor. Tucker goes on
     with HOOI, TR with alternating least squares, which is all of CP; of block terms each is in turn
-    the Tucker form of what the others leave.
-
-    The scales of the cores, of which the product alone is given, are those with which all learn
-    alike: see `_paced`.
+    the Tucker form of what the others leave. Of the scales of cores the product alone is given.
 
     Args:
       form: A key of `forms.FORMS`.
@@ -40,8 +43,7 @@ def decompose(form: str, network: Network, kernel: Array) -> dict[str, Array]:
     """
     x = network.padded_kernel(kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32)))
     methods = {"cp": _cp, "tucker": _tucker, "tr": _ring, "bt": _block_terms}
-    found = _paced(network, methods.get(form, split)(network, x))
-    return {name: core.astype(kernel.dtype) for name, core in found.items()}
+    return methods.get(form, split)(network, x)
 
 
 def _paced(network: Network, cores: Cores) -> dict[str, Array]:

@@ -25,8 +25,9 @@ from efficient_nets.ops.factorization.factored import Factored, dense
 from efficient_nets.ops.factorization.network import Cores, Network, contract, reconstruct
 
 MOST_PLACINGS = 2000  # of cores, beyond which those of the window stay alone
-# Of what a pass keeps: the backward pass holds it, its gradient, and copies in another order.
-HELD = 2.5
+# Times what a pass keeps: the backward pass holds it, its gradient, and copies in another order.
+HELD = 3.5
+LITTLE = 2**18  # numbers, which are nowhere too many to hold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,7 @@ def plan(network: Network, run: str, positions: tuple[int, int], *, grouped: boo
     # Making the kernel first is one of the orders of a matrix product, and then the same.
     if run == "auto" and whole.cost.time <= best.cost.time:
         held = whole.cost.kept + network.dense_params
-        if network.spatial or HELD * held <= _dense_holds(network, positions):
+        if network.spatial or HELD * held <= _spared(network, positions):
             return whole
     return best if network.spatial else _in_parts(network, best, positions)
 
@@ -105,16 +106,17 @@ def cheapest(network: Network, positions: tuple[int, int]) -> Plan:
     )
 
 
-def _dense_holds(network: Network, positions: tuple[int, int]) -> int:
-    """Numbers of kernel, x and y of the dense map, and of their gradients."""
+def _spared(network: Network, positions: tuple[int, int]) -> int:
+    """Numbers that the dense map holds beyond this one: kernel and gradient; with one x and y."""
     inputs, features = network.kernel_shape[-2:]
-    return 2 * (network.dense_params + positions[0] * inputs + positions[1] * features)
+    passing = positions[0] * inputs + positions[1] * features
+    return max(2 * (network.dense_params - network.params) + passing, LITTLE)
 
 
 @functools.lru_cache(maxsize=4096)
 def _in_parts(network: Network, whole: Plan, positions: tuple[int, int]) -> Plan:
     """The plan, or the cheapest in parts that holds no more than the dense map."""
-    most = _dense_holds(network, positions)
+    most = _spared(network, positions)
     if HELD * whole.cost.kept <= most:
         return whole
     found = []
