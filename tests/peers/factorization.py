@@ -1,6 +1,7 @@
 """The step of a factorized layer beside the dense one, ours and tensorly-torch's.
 
     python -m tests.peers.factorization [--share=0.1] [--rounds=9] [--json=FILE] [CASE/FORM ...]
+    python -m tests.peers.factorization --net [--share=0.1] [--json=FILE] [MODEL/FORM ...]
     pip install torch tensorly tensorly-torch  # for the rows of these; left out where missing
 
 A step is the forward pass and the gradients of input and parameters, without bias, float32. Cases:
@@ -15,23 +16,31 @@ All of a case and form run in one process, in turn, each after a step that is no
 the median over rounds, `ratio` the median of the time over the same framework's dense layer's in
 the same round. `held_mib` is the memory of our step's program as the compiler planned it, with its
 arguments and results: the layer, x, all gradients, and what is kept in between.
+
+With --net, the whole training step of `configs/factorized.py` on random images: LeNet, 128 of
+MNIST's shape, and VGG-16 of an eighth of the channels, 128 of CIFAR-10's, in pairs with the dense
+net.
 """
 
 import argparse
 import os
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from configs import factorized
 from efficient_nets.layers import Conv, Dense, LayerSpec
-from tests.peers.precision import available_package, in_turn, save
+from efficient_nets.ops.factorization import forms
+from tests.peers.precision import Net, available_package, figures, in_turn, save
 
 MODES = (8, 8, 16)
 CASES = {"conv": ("cp", "tucker", "tt"), "dense": ("cp", "tucker", "tt")}
 RUNS = ("auto", "factorized", "reconstructed")
 THEIRS = ("factorized", "reconstructed")
+NETS = {"lenet": ("mnist", (28, 28, 1)), "vgg": ("cifar10", (32, 32, 3))}
 
 
 def images(case: str) -> np.ndarray:
@@ -160,15 +169,48 @@ def table(case: str, form: str, share: float, rounds: int) -> list[dict]:
     return rows
 
 
+def net(name: str, kernel: str) -> Net:
+    dataset, shape = NETS[name]
+    config = factorized.get_config(f"{kernel},model={name},dataset={dataset}")
+    if name == "vgg":
+        config.model.width = 0.125
+    return Net(config, shape)
+
+
+def net_table(names: Sequence[str], share: float, rounds: int) -> Iterator[dict]:
+    """Each net in pairs with the dense one of its model."""
+    models = dict.fromkeys(name.split("/")[0] for name in names)
+    dense = {model: net(model, "dense") for model in models}
+    for name in names:
+        model, form = name.split("/")
+        own = net(model, f"{form}:{share}")
+        times = in_turn({"dense": dense[model], name: own}, rounds, uncounted=1)
+        of = {"dense_ms": float(np.median(times["dense"])), **own.cost}
+        shown = {key: of[key] for key in ("dense_ms", "params", "macs")}
+        yield dict(row=name, **figures(times[name], times["dense"]), **shown)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--share", type=float, default=0.1)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json")
     parser.add_argument("rows", nargs="*", metavar="CASE/FORM")
+    parser.add_argument("--net", action="store_true", help="of a net, not of one layer")
     args = parser.parse_args()
     found = []
-    for name in args.rows or [f"{case}/{form}" for case, forms in CASES.items() for form in forms]:
+    if args.net:
+        every = [f"{model}/{form}" for model in NETS for form in forms.FORMS]
+        for row in net_table(args.rows or every, args.share, args.rounds):
+            print(
+                f"{row['row']:<14}{row['params']:>9,}{row['macs']:>12,}{row['dense_ms']:>9.1f} ms"
+                f"{row['ms']:>9.1f} ms{row['ratio']:>8.2f}",
+                flush=True,
+            )
+            found.append(row)
+        save(args, found)
+        return
+    for name in args.rows or [f"{case}/{form}" for case, has in CASES.items() for form in has]:
         for row in table(*name.split("/"), args.share, args.rounds):
             held = "-" if row["held_mib"] is None else f"{row['held_mib']:.1f}"
             print(

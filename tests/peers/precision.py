@@ -267,7 +267,7 @@ def in_turn(runs: dict[str, Callable], rounds: int, uncounted: int) -> dict[str,
     return {name: found[1:] for name, found in times.items()}
 
 
-def _figures(own: np.ndarray, floats: np.ndarray) -> dict:
+def figures(own: np.ndarray, floats: np.ndarray) -> dict:
     return dict(
         ms=float(np.median(own)),
         least_ms=float(np.min(own)),
@@ -288,7 +288,7 @@ def layer_table(names: Sequence[str], case: Case, rounds: int) -> Iterator[dict]
             error = float(np.max(np.abs(outputs[name] - reference)) / np.max(np.abs(reference)))
         yield dict(
             row=name,
-            **_figures(times[name], times[row.float_row]),
+            **figures(times[name], times[row.float_row]),
             of=row.float_row,
             convolutions=steps[name].convolutions,
             error=error,
@@ -296,25 +296,23 @@ def layer_table(names: Sequence[str], case: Case, rounds: int) -> Iterator[dict]
         )
 
 
-def random_images(count: int) -> data.Dataset:
-    """Noise of CIFAR-10's shape."""
-    rng, shape = np.random.default_rng(0), (32, 32, 3)
+def random_images(count: int, shape: tuple[int, int, int] = (32, 32, 3)) -> data.Dataset:
+    """Noise, of CIFAR-10's shape."""
+    rng, channels = np.random.default_rng(0), shape[-1]
     resident = {
         "image": rng.integers(0, 256, (count, *shape), np.uint8),
         "label": rng.integers(0, 10, count, np.int32),
     }
-    info = data.Info("random", 10, shape, (0.5,) * 3, (0.25,) * 3)
+    info = data.Info("random", 10, shape, (0.5,) * channels, (0.25,) * channels)
     train = data.Source("random train", range(count), shape, 10, False, 0, resident)
     return data.Dataset(info, train, None, None)
 
 
 class Net:
-    """A net in training: a call is one step."""
+    """A net in training, on random images: a call is one step."""
 
-    def __init__(self, precision: str, batch: int, depth: int):
-        config = quantized.get_config(precision)
-        config.model.depth, config.train.batch_size = depth, batch
-        self._run = Run(config, random_images(4 * batch))
+    def __init__(self, config, shape: tuple[int, int, int] = (32, 32, 3)):
+        self._run = Run(config, random_images(4 * config.train.batch_size, shape))
         self._state, self._batches = self._run.state(0), self._run.batches(0)
         model = nnx.merge(self._run.run.graph, self._state.params, self._state.stats)
         self.cost = analysis.model_cost(model, self._run.run.dataset.info.image_shape)
@@ -325,9 +323,16 @@ class Net:
         jax.block_until_ready((self._state, metrics))
 
 
+def _config(precision: str, batch: int, depth: int):
+    config = quantized.get_config(precision)
+    config.model.depth, config.train.batch_size = depth, batch
+    return config
+
+
 def net_table(names: Sequence[str], batch: int, depth: int, rounds: int) -> Iterator[dict]:
     """Each net in pairs with the float one."""
-    nets = {name: Net(name, batch, depth) for name in dict.fromkeys(["float", *names])}
+    every = dict.fromkeys(["float", *names])
+    nets = {name: Net(_config(name, batch, depth)) for name in every}
     for net in nets.values():
         net()
     for name in names:
@@ -335,7 +340,7 @@ def net_table(names: Sequence[str], batch: int, depth: int, rounds: int) -> Iter
         cost = nets[name].cost
         yield dict(
             precision=name,
-            **_figures(times[name], times["float"]),
+            **figures(times[name], times["float"]),
             params=cost["params"],
             packed_bytes=cost["packed_bytes"],
             bops=cost["bops"],
