@@ -1,0 +1,45 @@
+"""The net of an architecture of the micro space, trained from scratch (ENAS, arXiv 1802.03268).
+
+    python -m efficient_nets.main --config=configs/enas_arc.py --config.model.arc="0 2 0 0 ..."
+    python -m efficient_nets.main --config=configs/enas_arc.py:ternarize,dataset=mnist
+
+1,567,108 parameters, 107.0 M MACs. The default is the architecture that ENAS found on CIFAR-10,
+whose 40 numbers are both cells with 5 nodes each. The argument is the precision of its operands:
+float, or of the binary and k-bit nets binarize, ternarize, kbit:w2a2, kbit:w4a4; options: dataset
+(cifar10, mnist, digits) and layers, to which two cells are added. The settings are ENAS's: SGD with
+Nesterov momentum, a cosine with restarts, drop-path, an auxiliary head, crop, flip and cutout.
+`--config.model.width` multiplies the channels. No full run of this was made here.
+"""
+
+from efficient_nets import config as configs
+from efficient_nets import recipes
+
+
+def get_config(text: str = "float"):
+    given = recipes.arguments(text, precision="float", dataset="cifar10", layers=0)
+    dataset, precision = given["dataset"], given["precision"]
+    of_cifar = dataset == "cifar10"
+    config = configs.defaults()
+    config.model = configs.model(
+        "cells",
+        precisions=(precision,),
+        stem_precision="float" if precision == "float" else "kbit:w4",
+        layers=given["layers"] or {"cifar10": 15, "mnist": 6}.get(dataset, 2),
+        features=16 if dataset != "digits" else 8,
+        reductions=3 if dataset != "digits" else 2,
+        auxiliary=0.4,
+        drop_path=0.2 if of_cifar else 0.0,
+    )
+    config.data.name = dataset
+    config.data.train, config.data.validation = "train[:90%]", "train[90%:]"
+    config.optimizer.learning_rate = 0.05
+    config.optimizer.nesterov = True
+    config.optimizer.weight_decay = 1e-4
+    config.optimizer.clip_norm = 5.0
+    config.schedule.name = "restarts"
+    config.schedule.end_value = 5e-4
+    config.train.batch_size = 128
+    config.train.epochs = 310.0 if of_cifar else 30.0  # restarts at 10, 30, 70, 150
+    if of_cifar:
+        config.data.crop, config.data.flip, config.data.cutout = 4, True, 16
+    return config
