@@ -236,5 +236,6 @@ def _for_steps(layer: Dense, positions: int) -> Dense:
 
 def _reconstructs(layer: Dense, positions: int) -> bool:
     own = [branch.kernel for branch in layer.branches]
-    plans = [factorization.plan(k.network, k.run, (positions, positions)) for k in own]
-    return layer.spec.precision.kernel is not None or any(found.reconstructs for found in plans)
+    return layer.spec.precision.kernel is not None or any(
+        factorization.makes_kernel(k.network, k.run, (positions, positions)) for k in own
+    )

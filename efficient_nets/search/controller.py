@@ -124,11 +124,12 @@ class Controller:
         Args:
           state: What `architectures` were proposed from; REINFORCE holds for those only.
           architectures: int32 `(n, 2, B, 2, 3)`.
-          rewards: float32 `(n,)`.
+          rewards: float32 `(n,)`; what is not finite, of a net that diverged, counts as 0.
 
         Returns:
           The new state, and metrics.
         """
+        rewards = jnp.where(jnp.isfinite(rewards), rewards, jnp.zeros_like(rewards))
         (loss, aux), gradient = jax.value_and_grad(self.loss, has_aux=True)(
             state.params, state, architectures, rewards
         )

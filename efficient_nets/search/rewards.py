@@ -120,8 +120,8 @@ def dominates(objectives: Array) -> Array:
 
 
 def pareto_front(objectives: Array) -> Array:
-    """Which of n are dominated by none: bool `(n,)`; of equals all."""
-    return ~dominates(objectives).any(0)
+    """Which of n are dominated by none: bool `(n,)`; of equals all, of NaNs none."""
+    return ~dominates(objectives).any(0) & ~jnp.isnan(objectives).any(-1)
 
 
 def hypervolume(objectives: np.ndarray, reference: Sequence[float]) -> float:

@@ -252,6 +252,26 @@ def test_parts_along_any_index_are_the_dense_map(form, x64):
     assert uneven
 
 
+def test_parts_of_any_type_and_number_of_rows():
+    net = network_of("tt:4", (64, 64))
+    cores = {name: jnp.ones(shape, jnp.float32) for name, shape in net.shapes.items()}
+    for index in ("r1", "i0", "o0"):
+        plan = dataclasses.replace(execution.cheapest(net, (5, 5)), cut=index, parts=2)
+        x = jnp.ones((2, 5, 64), jnp.bfloat16)
+        run = functools.partial(execution.run, net, plan, linear_maps.DenseMap())
+        assert run(x, cores).dtype == jnp.bfloat16
+        assert run(x[:, :0], cores).shape == (2, 0, 64)
+
+
+def test_a_kernel_that_fits_is_not_made_way_for_slower_parts():
+    plan = factorization.plan(network_of("tt:4", (256, 1024)), "auto", (1024, 1024))
+    assert plan.parts == 1
+    held = network_of("tt:16", (512, 2048))
+    assert factorization.plan(held, "auto", (512, 512)).parts > 1
+    assert factorization.makes_kernel(held, "auto", (512, 512))
+    assert not factorization.makes_kernel(held, "factorized", (512, 512))
+
+
 def test_a_matrix_product_holds_no_more_than_the_dense_one():
     cp = network_of("cp:1638,layout=split,order=3,in=8x8x16,out=8x8x16", (1024, 1024))
     plan = factorization.plan(cp, "auto", (128, 128))

@@ -166,6 +166,18 @@ def test_the_baseline_is_the_moving_mean_of_rewards():
     assert float(found) == pytest.approx(mean, rel=1e-6)  # float32
 
 
+@pytest.mark.slow
+def test_a_net_that_diverged_counts_as_nothing_right():
+    controller = Controller(Space(nodes=1, ops=("a", "b")), size=4)
+    state = controller.init(jax.random.key(0))
+    architectures = controller.propose(state, jax.random.key(1), 2)
+    told = [
+        controller.update(state, architectures, jnp.asarray(rewards, jnp.float32))[0]
+        for rewards in ([0.5, np.nan], [0.5, 0.0])
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *told)
+
+
 def test_the_first_baseline_is_the_mean():
     controller, params = wide(TINY, entropy_weight=0.5)
     with jax.enable_x64(True):

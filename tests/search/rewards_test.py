@@ -111,6 +111,11 @@ def test_the_hypervolume_is_the_share_of_random_points_below_the_front(number):
     assert corners == 4 and rewards.hypervolume([[-1, -1]], (0, 0)) == 0
 
 
+def test_what_is_not_a_number_is_on_no_front():
+    points = jnp.asarray([[jnp.nan, -1.0], [0.9, -1.0]])
+    np.testing.assert_array_equal(rewards.pareto_front(points), [False, True])
+
+
 def test_the_front_is_what_none_dominates():
     points = jnp.array([[0, 3], [1, 2], [1, 2], [0.5, 2], [3, 0], [3, -1]])
     front = rewards.pareto_front(points)

@@ -7,7 +7,7 @@ kernel = factorization.reconstruct(network, cores)
 """
 
 from efficient_nets.ops.factorization.decomposition import approximate, decompose, relative_error
-from efficient_nets.ops.factorization.execution import factorized_map, plan
+from efficient_nets.ops.factorization.execution import cheapest, factorized_map, makes_kernel, plan
 from efficient_nets.ops.factorization.factored import Factored, dense
 from efficient_nets.ops.factorization.joint import layer_network, layer_of, scale_layers
 from efficient_nets.ops.factorization.lookup import lookup, lookup_cost
@@ -30,6 +30,8 @@ __all__ = [
     "dense",
     "dropped",
     "factorized_map",
+    "makes_kernel",
+    "cheapest",
     "layer_network",
     "layer_of",
     "lookup",

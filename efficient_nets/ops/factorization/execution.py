@@ -80,12 +80,26 @@ def plan(network: Network, run: str, positions: tuple[int, int], *, grouped: boo
     if grouped or run == "reconstructed":
         return whole
     best = cheapest(network, positions)
+    if not network.spatial:
+        best = _in_parts(network, best, positions)
+    held = HELD * (whole.cost.kept + network.dense_params)
+    fits = network.spatial or held <= _spared(network, positions)
     # Making the kernel first is one of the orders of a matrix product, and then the same.
-    if run == "auto" and whole.cost.time <= best.cost.time:
-        held = whole.cost.kept + network.dense_params
-        if network.spatial or HELD * held <= _spared(network, positions):
-            return whole
-    return best if network.spatial else _in_parts(network, best, positions)
+    return whole if run == "auto" and fits and whole.cost.time <= best.cost.time else best
+
+
+def makes_kernel(network: Network, run: str, positions: tuple[int, int]) -> bool:
+    """Whether a kernel that is made once, and held, takes less time than going core after core.
+
+    Args:
+      network: The kernel's.
+      run: As of `plan`.
+      positions: Of all calls together.
+    """
+    whole = reconstructed_cost(network, positions)
+    return run == "reconstructed" or (
+        run == "auto" and whole.time <= cheapest(network, positions).cost.time
+    )
 
 
 def reconstructed_cost(network: Network, positions: tuple[int, int]) -> Cost:
@@ -344,7 +358,7 @@ def factorized_map(linear_map, x: Array, kernels: Sequence[Factored]) -> Array:
     parts = []
     for kernel, found in zip(kernels, plans, strict=True):
         part = functools.partial(run, kernel.network, found, linear_map)
-        if found.cost.kept > 2 * kernel.network.dense_params:
+        if found.parts == 1 and found.cost.kept > 2 * kernel.network.dense_params:
             part = jax.checkpoint(part)
         parts.append(part(x, kernel.cores))
     return linear_maps.fuse(parts, linear_map.groups)

@@ -63,21 +63,24 @@ def in_parts(
     @jax.checkpoint
     def one(whole, own):
         found = whole | own
-        return run(smaller, found.pop("x").reshape(*lead, -1), found)
+        own_x = found.pop("x").reshape(*lead, smaller.size(*smaller.inputs))
+        return run(smaller, own_x, found)
 
     def body(total, own):
         y = one(whole, own)
-        return (total + y, None) if summed else (total, y)
+        return (total + y.astype(total.dtype), None) if summed else (total, y)
 
     size = network.size(*network.outputs)
     total = jnp.zeros((*lead, size), linear_maps.wide(x.dtype)) if summed else None
     total, ys = lax.scan(body, total, scanned)
     if summed:
         return total.astype(x.dtype)
-    before = network.outputs[: network.outputs.index(index)]
-    ys = ys.reshape(parts, *lead, network.size(*before), smaller.size(index), -1)
-    ys = jnp.moveaxis(ys, 0, -3).reshape(*lead, network.size(*before), -1, ys.shape[-1])
-    return ys[..., : network.size(index), :].reshape(*lead, size)
+    at = network.outputs.index(index)
+    before, after = (network.size(*of) for of in (network.outputs[:at], network.outputs[at + 1 :]))
+    one_size = smaller.size(index)
+    ys = jnp.moveaxis(ys.reshape(parts, *lead, before, one_size, after), 0, -3)
+    ys = ys.reshape(*lead, before, parts * one_size, after)[..., : network.size(index), :]
+    return ys.reshape(*lead, size)
 
 
 def _cut(array: Array, axis: int, size: int, parts: int) -> Array:
