@@ -263,6 +263,22 @@ def test_parts_of_any_type_and_number_of_rows():
         assert run(x[:, :0], cores).shape == (2, 0, 64)
 
 
+@pytest.mark.parametrize("index", ["r1", "o0"])
+def test_parts_run_on_each_device(index):
+    net = network_of("tt:4", (64, 64))
+    cores = {name: jnp.ones(shape, jnp.float32) for name, shape in net.shapes.items()}
+    plan = dataclasses.replace(execution.cheapest(net, (4, 4)), cut=index, parts=2)
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:2]), ("data",))
+    rows = jax.sharding.PartitionSpec("data")
+    run = functools.partial(execution.run, net, plan, linear_maps.DenseMap())
+    mapped = jax.shard_map(
+        run, mesh=mesh, in_specs=(rows, jax.sharding.PartitionSpec()), out_specs=rows
+    )
+    x = jnp.arange(8 * 64, dtype=jnp.float32).reshape(8, 64)
+    # Whole numbers below 2^24, so exact.
+    np.testing.assert_array_equal(jax.jit(mapped)(x % 7, cores), run(x % 7, cores))
+
+
 def test_a_kernel_that_fits_is_not_made_way_for_slower_parts():
     plan = factorization.plan(network_of("tt:4", (256, 1024)), "auto", (1024, 1024))
     assert plan.parts == 1

@@ -5,6 +5,7 @@ inputs each has its own and they are summed.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 
 import jax
@@ -58,7 +59,6 @@ def in_parts(
         if index in modes[name]
     }
     whole = {name: array for name, array in arrays.items() if name not in scanned}
-    summed = index not in network.outputs
 
     @jax.checkpoint
     def one(whole, own):
@@ -66,15 +66,18 @@ def in_parts(
         own_x = found.pop("x").reshape(*lead, smaller.size(*smaller.inputs))
         return run(smaller, own_x, found)
 
-    def body(total, own):
-        y = one(whole, own)
-        return (total + y.astype(total.dtype), None) if summed else (total, y)
+    if index not in network.outputs:
 
+        def add(total, own):
+            return total + one(whole, own).astype(total.dtype), None
+
+        # From the first part on, as zeros would not vary over the devices of a `shard_map`.
+        first, rest = (jax.tree.map(lambda a, at=at: a[at], scanned) for at in (0, slice(1, None)))
+        total = one(whole, first).astype(linear_maps.wide(x.dtype))
+        return lax.scan(add, total, rest)[0].astype(x.dtype)
+
+    ys = lax.map(functools.partial(one, whole), scanned)
     size = network.size(*network.outputs)
-    total = jnp.zeros((*lead, size), linear_maps.wide(x.dtype)) if summed else None
-    total, ys = lax.scan(body, total, scanned)
-    if summed:
-        return total.astype(x.dtype)
     at = network.outputs.index(index)
     before, after = (network.size(*of) for of in (network.outputs[:at], network.outputs[at + 1 :]))
     one_size = smaller.size(index)
