@@ -221,9 +221,9 @@ class Operation:
     def ways(
         self, features: int, precisions, activation: parts.Activation, rngs: nnx.Rngs
     ) -> list[nnx.Module]:
-        """One for each precision, of the same kernels and norms; each has ranges of its own.
+        """One for each precision, of the same kernels and norms.
 
-        One in all, where there is nothing to round.
+        Each has ranges and learned transforms of its own. Where nothing is rounded, one in all.
         """
         if not self.has_layers:
             precisions = precisions[:1]

@@ -188,6 +188,27 @@ def test_any_placing_of_cores_is_the_dense_map(text, shape, placed, x64):
         close(execution.run(net, found, linear_map, x, cores), expected)
 
 
+@pytest.mark.parametrize("text", ["tt:2", "bt:2", "bt:2,blocks=3,layout=split,order=1"])
+def test_a_window_kernel_that_passing_indices_share(text, x64):
+    """They are groups of a convolution that makes several outputs of each."""
+    net = network_of(text)
+    linear_map, x = direct(CONV)
+    cores = cores_of(net)
+    expected = linear_map(x, [factorization.reconstruct(net, cores)])
+    placings = [
+        placing
+        for placing in execution._placings(net)
+        if (flow := execution._flow(net, *placing)).passing
+        and net.size(*flow.contracted) == 1
+        and net.size(*flow.grouped, *flow.made) > 1
+    ]
+    assert placings
+    for placing in placings[:3]:
+        found = execution._placed(net, placing, (60, 60))
+        y = execution.run(net, found, linear_map, x, cores)
+        np.testing.assert_allclose(y, expected, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("text", ["bt:2,layout=split,order=1", "tr:3,order=1"])
 def test_a_window_with_groups_and_sums(text, x64):
     """A bond in all three parts is a group, beside bonds that the window sums over and makes."""
