@@ -11,7 +11,6 @@ Nesterov momentum, a cosine with restarts, drop-path, an auxiliary head, crop, f
 `--config.model.width` multiplies the channels. No full run of this was made here.
 """
 
-from efficient_nets import config as configs
 from efficient_nets import recipes
 
 
@@ -19,26 +18,13 @@ def get_config(text: str = "float"):
     given = recipes.arguments(text, precision="float", dataset="cifar10", layers=0)
     dataset, precision = given["dataset"], given["precision"]
     of_cifar = dataset == "cifar10"
-    config = configs.defaults()
-    config.model = configs.model(
-        "cells",
-        precisions=(precision,),
-        stem_precision="float" if precision == "float" else "kbit:w4",
-        layers=given["layers"] or {"cifar10": 15, "mnist": 6}.get(dataset, 2),
-        features=16 if dataset != "digits" else 8,
-        reductions=3 if dataset != "digits" else 2,
-        auxiliary=0.4,
-        drop_path=0.2 if of_cifar else 0.0,
-    )
+    config = recipes.enas(precision)
+    config.model.layers = given["layers"] or {"cifar10": 15, "mnist": 6}.get(dataset, 2)
+    config.model.features = 16 if dataset != "digits" else 8
+    config.model.reductions = 3 if dataset != "digits" else 2
+    config.model.auxiliary = 0.4
+    config.model.drop_path = 0.2 if of_cifar else 0.0
     config.data.name = dataset
-    config.data.train, config.data.validation = "train[:90%]", "train[90%:]"
-    config.optimizer.learning_rate = 0.05
-    config.optimizer.nesterov = True
-    config.optimizer.weight_decay = 1e-4
-    config.optimizer.clip_norm = 5.0
-    config.schedule.name = "restarts"
-    config.schedule.end_value = 5e-4
-    config.train.batch_size = 128
     config.train.epochs = 310.0 if of_cifar else 30.0  # restarts at 10, 30, 70, 150
     if of_cifar:
         config.data.crop, config.data.flip, config.data.cutout = 4, True, 16

@@ -22,6 +22,7 @@ from efficient_nets import data, models, names, optim, paths, sharding
 from efficient_nets.errors import UserError
 from efficient_nets.layers import rules
 from efficient_nets.ops.quantizers import CALIBRATIONS
+from efficient_nets.search import rewards, strategies
 
 PRETRAINED = "pretrain"  # teacher.checkpoint: the net in float of config.pretrain
 # A run may be resumed with other values here: they do not change what is computed.
@@ -45,7 +46,7 @@ BOUNDS = {
             *("train.epochs", "train.batch_size", "evaluate.batch_size", "evaluate.every_epochs"),
             *("checkpoint.every_epochs", "log.every_steps", "optimizer.learning_rate"),
             *("optimizer.epsilon", "pretrain.learning_rate", "teacher.temperature"),
-            *("winas.epochs", "winas.learning_rate"),
+            *("winas.epochs", "winas.learning_rate", "search.ranked_epochs"),
         ),
     ),
     "at least 1": (
@@ -53,11 +54,17 @@ BOUNDS = {
         (
             *("checkpoint.keep", "optimizer.accumulate"),
             *("winas.latency_batch_size", "winas.latency_repeats"),
+            *("search.updates", "search.proposals", "search.batch_size", "search.shown"),
+            *("search.finalists", "search.norm_batches", "search.latency_batch_size"),
+            "search.latency_repeats",
         ),
     ),
+    "at least 2": (lambda x: x >= 2, ("search.ranked",)),
     "at least 0": (
         lambda x: x >= 0,
         (
+            *("search.interval", "search.warmup_epochs", "search.target", "search.cost_weight"),
+            *("search.built_layers", "search.built_features", "search.built_epochs"),
             *("seed", "train.steps_per_dispatch", "optimizer.clip_norm", "optimizer.weight_decay"),
             *("calibration.batch_size", "calibration.norm_batches", "deploy.bias_correction"),
             *("pretrain.epochs", "winas.warmup_epochs", "winas.cost_weight"),
@@ -228,6 +235,37 @@ def defaults() -> ConfigDict:
             latency_repeats=20,  # calls whose median is taken
         )
     )
+    config.search = ConfigDict(  # search.cell_search: an architecture for a net of cells
+        dict(
+            strategy="",  # enas, darts, gumbel, evolution, nsga2, random; "": no search
+            # Steps of the weights between two phases of the strategy; 0: an epoch's, and one for
+            # darts and gumbel, whose phase is a step too.
+            interval=0,
+            updates=30,  # of the strategy, a phase
+            proposals=10,  # architectures an update
+            batch_size=128,  # validation images that those of an update are measured on
+            warmup_epochs=0.0,  # first ones, in which weights alone are trained
+            reward="accuracy",  # accuracy, cost_aware; nsga2 is told accuracy and cost as they are
+            cost="bops",  # macs, bops, packed_bytes, params, latency
+            target=0.0,  # cost to aim at; 0: the mean of all architectures
+            exponents=rewards.SOFT,  # of cost / target below and above it, for cost_aware
+            cost_weight=0.0,  # darts, gumbel: of cost / target beside the loss
+            shown=10,  # architectures printed behind each evaluation
+            finalists=10,  # measured on the whole validation split in the end
+            norm_batches=20,  # training batches that batch norms are made anew of for it
+            latency="",  # for cost latency: a file of --mode=latency
+            latency_batch_size=1,  # --mode=latency: images of a call
+            latency_repeats=20,  # calls whose median is taken
+            # What the built config has in place of model.layers, model.features and train.epochs;
+            # 0: the same.
+            built_layers=0,
+            built_features=0,
+            built_epochs=0.0,
+            ranked=8,  # --mode=rank: architectures that are trained on their own
+            ranked_epochs=1.0,
+            **strategies.options(),
+        )
+    )
     config.deploy = ConfigDict(  # what --mode=deploy does with a rounded net
         dict(
             fold=True,  # batch norms become parts of the layers in front of them
@@ -268,6 +306,10 @@ def check(config: ConfigDict) -> None:
     _check_start(config, reference, fields)
     if not config.builder.budget and config.builder != reference.builder:
         raise UserError("builder.budget='': without one the other fields of builder do nothing")
+    if config.search.strategy:
+        names.pick("search.strategy", config.search.strategy, strategies.STRATEGIES)
+    elif config.search != reference.search:
+        raise UserError("search.strategy='': without one the other fields of search do nothing")
     names.pick("calibration.how", config.calibration.how, CALIBRATIONS)
     names.pick("dtype", config.dtype, {"float32": None, "bfloat16": None})
     paths.check_rules("layers", config.layers, rules.FIELDS)

@@ -16,20 +16,26 @@ from efficient_nets.tasks import classification
 
 
 class Evaluator:
-    """Evaluates one split. Compiled once; a split that fits lies on the devices."""
+    """Evaluates one split. A split that fits lies on the devices.
 
-    def __init__(self, run: Experiment, split: str):
+    Args:
+      run: The experiment.
+      split: Its name.
+      step: `compiled(run)`, which several evaluators may share.
+    """
+
+    def __init__(self, run: Experiment, split: str, step=None):
         self.split = split
         self._run = run
         self._source = getattr(run.dataset, split)
         self._resident = put_resident(run, split)
-        self._step = jax.jit(functools.partial(_step, run), donate_argnums=2)
+        self._step, self._gather = step or compiled(run), jax.jit(data.gather)
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """`{'<split>/loss': x, '<split>/accuracy': y}`, of the averaged net if there is one."""
         net, scores = state.net, self._empty_scores()
         for batch in self._batches():
-            scores = self._step(net, batch, scores, self._resident)
+            scores = self._step(net, self._gather(self._resident, batch), scores)
         return {f"{self.split}/{k}": v for k, v in classification.summarise(scores).items()}
 
     def seconds(self, state: TrainState, repeats: int = 10) -> float:
@@ -38,12 +44,12 @@ class Evaluator:
         The least, as whatever else the machine does can only add to it.
         """
         batches, net, times = self._batches(), state.net, []
-        batch = next(batches)
+        batch = self._gather(self._resident, next(batches))
         batches.close()
         for _ in range(1 + repeats):  # the first may compile
             scores = jax.block_until_ready(self._empty_scores())
             begin = time.perf_counter()
-            jax.block_until_ready(self._step(net, batch, scores, self._resident))
+            jax.block_until_ready(self._step(net, batch, scores))
             times.append(time.perf_counter() - begin)
         return min(times[1:])
 
@@ -77,8 +83,12 @@ def evaluate(config: ConfigDict, workdir: pathlib.Path, folder: pathlib.Path, wh
     workdirs.write_eval(workdir, {"step": step, "checkpoint": str(folder)} | scores)
 
 
-def _step(run: Experiment, net, batch, scores, resident):
-    batch = data.gather(resident, batch)
+def compiled(run: Experiment):
+    """What scores one batch's images: one program for batches of all splits."""
+    return jax.jit(functools.partial(_step, run), donate_argnums=2)
+
+
+def _step(run: Experiment, net, batch, scores):
     model = nnx.merge(run.graph, net["params"], net["stats"])
     model.eval()
     logits = model(data.normalise(batch["image"], run.dataset.info))
@@ -95,7 +105,8 @@ def put_resident(run: Experiment, split: str) -> dict | None:
 def evaluators(run: Experiment) -> list[Evaluator]:
     """One for each split there is; the first is the one that selects the best checkpoint."""
     splits = [name for name in ("validation", "test") if getattr(run.dataset, name) is not None]
-    return [Evaluator(run, split) for split in splits]
+    step = compiled(run)
+    return [Evaluator(run, split, step) for split in splits]
 
 
 def evaluate_all(evaluators: list[Evaluator], state: TrainState) -> dict[str, float]:

@@ -13,7 +13,16 @@ from efficient_nets.deployment import make_deployable
 from efficient_nets.errors import TrainingDiverged, UserError
 from efficient_nets.evaluation import evaluate
 from efficient_nets.inspection import inspect
-from efficient_nets.search import auto_builder, decompose, latency, mixed_precision, prune, winas
+from efficient_nets.search import (
+    auto_builder,
+    cell_search,
+    decompose,
+    latency,
+    mixed_precision,
+    prune,
+    ranking,
+    winas,
+)
 from efficient_nets.train import train
 
 FLAGS = flags.FLAGS
@@ -26,10 +35,10 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run, else runs/NAME[-ARGUMENT].")
 MODES = ["train", "eval", "summary", "analyze", "sensitivity", "search", "latency", "deploy"]
-MODES += ["decompose", "prune"]
+MODES += ["decompose", "prune", "rank"]
 MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", "", "eval, analyze, deploy, prune: the workdir to restore from."
+    "checkpoint", "", "eval, analyze, deploy, prune, rank: the workdir to restore from."
 )
 STEP = flags.DEFINE_string("step", "newest", "eval, analyze, deploy, prune: newest, best, a step.")
 REFERENCE = flags.DEFINE_string("reference", "", "analyze: an analysed workdir to compare with.")
@@ -42,7 +51,7 @@ DISTRIBUTED = flags.DEFINE_boolean("distributed", False, "One of several process
 def _run(config, workdir: pathlib.Path) -> None:
     of_a_checkpoint = "eval analyze deploy prune"
     for flag, modes in (
-        (CHECKPOINT, of_a_checkpoint),
+        (CHECKPOINT, f"{of_a_checkpoint} rank"),
         (STEP, of_a_checkpoint),
         (REFERENCE, "analyze"),
         (THRESHOLD, "prune"),
@@ -68,8 +77,12 @@ def _run(config, workdir: pathlib.Path) -> None:
         inspect(config, workdir, folder, STEP.value, REFERENCE.value)
     elif MODE.value == "sensitivity":
         mixed_precision.build(config, workdir)
+    elif MODE.value in ("search", "train") and config.search.strategy:
+        cell_search.build(config, workdir)
     elif MODE.value == "search":
         winas.build(config, workdir)
+    elif MODE.value == "rank":
+        ranking.rank(config, workdir, folder)
     elif MODE.value == "decompose":
         decompose.build(config, workdir)
     elif MODE.value == "prune":

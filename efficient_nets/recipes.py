@@ -30,6 +30,9 @@ WINOGRAD_LAYERS = {
     "squeezenet": (r"/expand3$", "", r"/(squeeze|expand1)$"),
     "lenet": (r"^conv\d$", "", r"^hidden$"),
 }
+# What tokens of a searched precision mean.
+CELL_PRECISIONS = ("binarize", "ternarize", "kbit:w2a2", "kbit:w4a4", "kbit:w8a8", "float")
+SEARCHED = "searched"
 # QuadraLib's neuron as it is trained there.
 QUADRATIC = dict(neuron="ours", norm="branch")
 
@@ -319,3 +322,49 @@ def preset(precision: str, others: str = "torchvision") -> str:
     if found is None or found.levels > 2 or not found.signed:
         return others
     return "xnor" if found.method.startswith("xnor") else "bireal"
+
+
+def enas(precision: str):
+    """A net of cells with ENAS's settings (arXiv 1802.03268): SGD, a cosine with restarts.
+
+    Where the operands are rounded the stem has kernels of 4 bits, as the binary, ternary and k-bit
+    cells of the source have, and the kernels in cells stay in [-1, 1].
+
+    Args:
+      precision: Of the operands, a short form; or 'searched' for one of `CELL_PRECISIONS` each.
+    """
+    config = configs.defaults()
+    rounded = precision != "float"
+    config.model = configs.model(
+        "cells",
+        precisions=CELL_PRECISIONS if precision == SEARCHED else (precision,),
+        mix_precision="ternarize" if precision == SEARCHED else "",
+        stem_precision="kbit:w4" if rounded else "float",
+    )
+    config.data.train, config.data.validation = "train[:90%]", "train[90%:]"
+    config.optimizer.learning_rate = 0.05
+    config.optimizer.nesterov = True
+    config.optimizer.weight_decay = 1e-4
+    config.optimizer.clip_norm = 5.0
+    if rounded:
+        latent = dict(match=r"^cells/.*kernel", bound=1.0)
+        config.optimizer.rules = (*map(dict, config.optimizer.rules), latent)
+    config.schedule.name = "restarts"
+    config.schedule.end_value = 5e-4
+    config.train.batch_size = 128
+    return config
+
+
+def cell_search(precision: str, strategy: str):
+    """A search for a net of such cells.
+
+    A searched precision is rewarded for bit operations too, as float is the best of all otherwise.
+    """
+    config = enas(precision)
+    config.model.arc = ""
+    config.search.strategy = strategy
+    if precision == SEARCHED and strategy in ("darts", "gumbel"):
+        config.search.cost_weight = 0.1
+    elif precision == SEARCHED and strategy != "nsga2":
+        config.search.reward = "cost_aware"
+    return config

@@ -211,10 +211,19 @@ class Meter:
       reporter: Gets the means over every `every_steps` steps, and the bar's progress.
       batch_size: Images a step.
       every_steps: Steps between two lines of metrics.
+      line: What is printed of the means too, of the step and them.
     """
 
-    def __init__(self, meta: Mapping, reporter: Reporter, batch_size: int, every_steps: int):
+    def __init__(
+        self,
+        meta: Mapping,
+        reporter: Reporter,
+        batch_size: int,
+        every_steps: int,
+        line: Callable[[int, Mapping], str] | None = None,
+    ):
         self._reporter, self._batch_size, self._every = reporter, batch_size, every_steps
+        self._line = line
         self._sums = dict(meta.get("sums", {}))
         self._summed = meta.get("summed", 0)
         self._seconds_before = meta.get("seconds", 0.0)
@@ -266,6 +275,8 @@ class Meter:
             }
             means["learning_rate"] = values["learning_rate"]
             self._reporter.scalars(step, {_with_split(name): x for name, x in means.items()})
+            if self._line is not None:
+                self._reporter.line(self._line(step, means))
             self._sums, self._summed = {}, 0
 
     @property

@@ -109,6 +109,16 @@ def _start(
         state, meta, step = restored
         logging.info("Goes on from the checkpoint of step %d.", step)
         return state, meta
+    return fresh_state(run, pretrained), {}
+
+
+def fresh_state(run: Experiment, pretrained: pathlib.Path | None = None) -> TrainState:
+    """The state of step 0: fresh, or from the net that the config names; calibrated.
+
+    Args:
+      run: The experiment.
+      pretrained: The workdir of the run that `config.pretrain` made, where it makes one.
+    """
     state, config = run.initial_state(), run.config
     if config.checkpoint.convert_from:
         state = conversion.converted_start(run, state)
@@ -118,7 +128,7 @@ def _start(
         state = workdirs.warm_start(run, state, pretrained)
     elif config.checkpoint.init_from:
         state = workdirs.warm_start(run, state, pathlib.Path(config.checkpoint.init_from))
-    return calibration.calibrated_start(run, state, trained=_starts_trained(config)), {}
+    return calibration.calibrated_start(run, state, trained=_starts_trained(config))
 
 
 def _loop(run: Experiment, state, meta, teacher, evaluation, checkpoints, reporter):
@@ -137,7 +147,8 @@ def _loop(run: Experiment, state, meta, teacher, evaluation, checkpoints, report
     look = _histogram_batch(run)
     if step == 0:
         _write_histograms(run, state, step, look, reporter)
-    dispatches = _dispatches(run, step, on_device=resident is not None)
+    periods = [run.steps(config.evaluate.every_epochs), run.steps(config.checkpoint.every_epochs)]
+    dispatches = batches_of(run, step, periods, on_device=resident is not None)
     with Preemption() as preemption, contextlib.closing(dispatches):
         for count, batch in dispatches:
             state, metrics = step_fn(state, batch, resident, teacher, count=count)
@@ -333,14 +344,20 @@ def _moved(run: Experiment, state: TrainState, params, stats):
     return jax.tree.map(move, state.ema, {"params": params, "stats": stats})
 
 
-def _dispatches(run: Experiment, step: int, on_device: bool):
-    """`(count, batch)` to the end of the run."""
+def batches_of(run: Experiment, step: int, periods: Sequence[int], *, on_device: bool):
+    """`(count, batch)` of each dispatch to the end of the run.
+
+    Args:
+      run: The experiment.
+      step: The first one.
+      periods: Steps of which no dispatch goes beyond a multiple.
+      on_device: Whether the images are there already.
+    """
     config = run.config
     size = config.train.batch_size
     most = config.train.steps_per_dispatch
     if not most:  # XLA:CPU runs a convolution in a loop body many times slower than outside
         most = 16 if on_device and jax.default_backend() != "cpu" else 1
-    periods = [run.steps(config.evaluate.every_epochs), run.steps(config.checkpoint.every_epochs)]
     batches = data.train_batches(
         run.dataset.train,
         size,

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from efficient_nets.errors import UserError
 from efficient_nets.layers.norm import BatchNorm, FrozenBatchNorm
@@ -26,32 +27,62 @@ def batch_moments(model: nnx.Module, *inputs) -> dict[str, Moments]:
       UserError: without a batch norm that could take anything.
     """
     model = nnx.clone(model)
-    model.eval()
-    norms = dict(_moving(model))
+    norms = dict(by_batch(model))
     if not norms:
         raise UserError("the net has no batch norm whose statistics could be made anew")
     for norm in norms.values():
-        norm.use_running_average, norm.momentum = False, 0.0
+        norm.momentum = 0.0
         for array in (norm.mean, norm.var):  # 0 times what is not finite would stay
             array[...] = jnp.zeros_like(array[...])
     model(*inputs)
     return {path: Moments(norm.mean[...], norm.var[...]) for path, norm in norms.items()}
 
 
+def by_batch(model: nnx.Module) -> list[tuple[str, BatchNorm]]:
+    """Sets the mode of evaluation, but that batch norms take the moments of the batch.
+
+    Returns:
+      These norms by path. Their running averages move; a `FrozenBatchNorm` is none of them.
+    """
+    model.eval()
+    norms = list(_moving(model))
+    for _, norm in norms:
+        norm.use_running_average = False
+    return norms
+
+
 def merged(found: Iterable[Mapping[str, Moments]]) -> dict[str, Moments]:
-    """The moments of all batches together, which are of one size.
+    """The moments of all batches together, which are of one size: `joined`, one after another."""
+    first, *others = found
+    for number, batch in enumerate(others, 2):
+        first = joined(first, batch, number)
+    return dict(first)
 
-        mean = average of m,  var = average of (v + m^2) - mean^2 = average of v + (m - mean)^2
 
-    for the batches' means m and variances v; the second form does not cancel.
+def joined(
+    before: Mapping[str, Moments], batch: Mapping[str, Moments], number: Array | int
+) -> dict[str, Moments]:
+    """The moments of k batches, of those of the first k - 1 and the last.
+
+        mean_k = mean + (m - mean) / k
+        var_k = var + (v + (m - mean) (m - mean_k) - var) / k
+
+    for a batch's mean m and variance v (Welford, 1962), which does not cancel as the difference of
+    mean squares and squared means does.
+
+    Args:
+      before: Of the first ones; for the first batch anything finite.
+      batch: Of the last one, as large as each of the others.
+      number: k.
     """
 
-    def one(*batches: Moments) -> Moments:
-        mean = sum(batch.mean for batch in batches) / len(batches)
-        spread = sum(batch.var + jnp.square(batch.mean - mean) for batch in batches)
-        return Moments(mean, spread / len(batches))
+    def one(old: Moments, new: Moments) -> Moments:
+        share = jnp.asarray(1 / number, old.mean.dtype)
+        delta = new.mean - old.mean
+        mean = old.mean + share * delta
+        return Moments(mean, old.var + share * (new.var + delta * (new.mean - mean) - old.var))
 
-    return jax.tree.map(one, *found, is_leaf=lambda x: isinstance(x, Moments))
+    return jax.tree.map(one, dict(before), dict(batch), is_leaf=lambda x: isinstance(x, Moments))
 
 
 def recalibrate_norms(model: nnx.Module, batches: Iterable) -> nnx.Module:

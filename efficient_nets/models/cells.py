@@ -398,13 +398,15 @@ class Cells(nnx.Module):
         self.architecture = nnx.data(None if arc else Architecture(zeros))
         self.seed = self.calls = nnx.data(None)
         channels, features = STEM * parts.scaled(features, width), parts.scaled(features, width)
+        spec = _spec("stem_precision", stem_precision)
         self.stem = Conv(
             image_shape[-1],
             channels,
             (3, 3),
             padding=1,
             use_bias=False,
-            spec=_spec("stem_precision", stem_precision),
+            kernel_init=operations.kernel_init(spec),
+            spec=spec,
             rngs=rngs,
         )
         self.stem_norm = BatchNorm(channels, rngs=rngs)
@@ -439,10 +441,17 @@ class Cells(nnx.Module):
 
     def __call__(self, images: Array) -> Array:
         """Images `(N, H, W, C)` to logits `(N, num_classes)`."""
+        return self.classified(self.stemmed(images))
+
+    def stemmed(self, images: Array) -> Array:
+        """What the first cell reads, the same for all architectures."""
+        return layer_norm_act(images, self.stem, self.stem_norm)
+
+    def classified(self, x: Array) -> Array:
+        """What the stem gave to logits."""
         tokens = self.tokens
         unused = self.space.unused(jnp.asarray(tokens))
-        x = before = layer_norm_act(images, self.stem, self.stem_norm)
-        drop = self._drop(tokens, len(images))
+        before, drop = x, self._drop(tokens, len(x))
         for number, cell in enumerate(self.cells):
             kind = int(number in self.places)
             own = None if drop is None else drop[number]

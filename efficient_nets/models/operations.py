@@ -26,6 +26,20 @@ FIELDS = tuple(
 )
 
 
+# Methods whose kernels live in [-1, 1], whatever the layer's size, and start all over it, as in the
+# BinaryNet family: those of a wide layer that start by its size would all be rounded to 0.
+IN_FIXED_RANGE = ("binarize", "ternarize", "kbit")
+all_over = nnx.initializers.uniform(2.0)
+
+
+def kernel_init(spec: LayerSpec):
+    """Where kernels of a layer of cells start: He et al.'s normal, or uniformly in [-1, 1]."""
+    rounds = spec.precision.kernel
+    if rounds is None or rounds.method not in IN_FIXED_RANGE:
+        return kaiming_normal
+    return lambda key, shape, dtype: all_over(key, shape, dtype) - 1
+
+
 def pointwise(in_features: int, features: int, spec: LayerSpec, *, rngs: nnx.Rngs) -> Dense:
     """A 1x1 convolution. Of type Dense: a `lax.conv` in a branch is many times as slow on CPUs.
 
@@ -34,7 +48,7 @@ def pointwise(in_features: int, features: int, spec: LayerSpec, *, rngs: nnx.Rng
     inner = dict.fromkeys(spec.precision.inner)
     precision = dataclasses.replace(spec.precision, **inner)
     spec = dataclasses.replace(spec, algorithm="direct", precision=precision)
-    init = dict(use_bias=False, kernel_init=kaiming_normal)
+    init = dict(use_bias=False, kernel_init=kernel_init(spec))
     return Dense(in_features, features, spec=spec, rngs=rngs, **init)
 
 
@@ -88,6 +102,7 @@ class Separable(nnx.Module):
                 dilation=dilation,
                 groups=features,
                 use_bias=False,
+                kernel_init=kernel_init(spec),
                 spec=spec,
                 rngs=rngs,
             )
@@ -124,7 +139,7 @@ class Convolution(nnx.Module):
         if kernel == 1:
             self.conv = pointwise(features, features, spec, rngs=rngs)
         else:
-            window = dict(padding=kernel // 2, use_bias=False)
+            window = dict(padding=kernel // 2, use_bias=False, kernel_init=kernel_init(spec))
             self.conv = Conv(features, features, (kernel,) * 2, spec=spec, rngs=rngs, **window)
         self.norm = BatchNorm(features, rngs=rngs)
 

@@ -52,6 +52,12 @@ def one_hots(space: Space, architecture: Array, dtype=jnp.float32) -> Choices:
     )
 
 
+def uniform(space: Space) -> Choices:
+    """Probabilities where all values of a token are as probable: of an average architecture."""
+    relaxation = Relaxation(space, noise=0.0)
+    return relaxation.probabilities(relaxation.init(jax.random.key(0)))
+
+
 def most_probable(choices: Choices) -> Array:
     """The architecture of the greatest number at each token: int32 `(2, B, 2, 3)`."""
     return jnp.stack([each.argmax(-1).astype(jnp.int32) for each in choices], axis=-1)

@@ -4,6 +4,7 @@ Each is a frozen dataclass of options with four pure functions. All that changes
 trees of arrays: a search that is stopped and resumed equals the one that was not.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -46,3 +47,25 @@ STRATEGIES: Mapping[str, type[Strategy]] = {
     "nsga2": NSGA2,
     "random": Random,
 }
+NOT_OPTIONS = ("space", "objectives")  # what follows from the rest of a search
+
+
+def options() -> dict[str, dict[str, Any]]:
+    """By strategy, its options with their defaults, as `config.search` has them: None is 0."""
+    return {
+        name: {
+            field.name: 0.0 if field.default is None else field.default
+            for field in dataclasses.fields(strategy)
+            if field.name not in NOT_OPTIONS
+        }
+        for name, strategy in STRATEGIES.items()
+    }
+
+
+def make(name: str, space: Space, given: Mapping[str, Any]) -> Strategy:
+    """A strategy of `options`, where 0 stands for None wherever None is the default."""
+    strategy = STRATEGIES[name]
+    none = {field.name for field in dataclasses.fields(strategy) if field.default is None}
+    return strategy(
+        space, **{key: None if key in none and not value else value for key, value in given.items()}
+    )

@@ -1,0 +1,22 @@
+"""ENAS on CIFAR-10: the architecture of a net of binary, ternary or k-bit cells (arXiv 1802.03268).
+
+    python -m efficient_nets.main --config=configs/enas_cifar.py --workdir=runs/enas_cifar
+    python -m efficient_nets.main --config=runs/enas_cifar/built_config.py \\
+        --workdir=runs/enas_cifar/built
+
+"""
+
+from efficient_nets import recipes
+
+
+def get_config(text: str = "ternarize"):
+    given = recipes.arguments(text, precision="ternarize", strategy="enas")
+    config = recipes.cell_search(given["precision"], given["strategy"])
+    config.data.name = "cifar10"
+    config.data.crop, config.data.flip, config.data.cutout = 4, True, 16
+    config.model.layers, config.model.features = 3, 20
+    config.model.auxiliary, config.model.drop_path = 0.4, 0.1
+    config.train.epochs = 150.0  # restarts at 10, 30, 70
+    config.search.built_layers, config.search.built_features = 15, 16
+    config.search.built_epochs = 310.0  # restarts at 10, 30, 70, 150
+    return config

@@ -1,0 +1,185 @@
+"""A search over tiny cells on a handful of digits: all it leaves, killed, on several devices."""
+
+import json
+import runpy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from efficient_nets import config as configs
+from efficient_nets import data, sharding
+from efficient_nets import train as training
+from efficient_nets.errors import UserError
+from efficient_nets.models import cells
+from efficient_nets.search import cell_search, judging, ranking, relaxation
+
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+
+def tiny_config(strategy="enas", **fields):
+    config = configs.defaults()
+    config.model = configs.model(
+        "cells",
+        arc="",
+        nodes=1,
+        layers=1,
+        features=4,
+        reductions=2,
+        ops=("conv1", "max3", "identity"),
+        precisions=("ternarize", "float"),
+    )
+    config.data.name = "digits"
+    config.data.train, config.data.validation = "train[:96]", "train[96:196]"
+    config.data.test = "test[:40]"
+    config.optimizer.learning_rate = 0.05
+    config.train.epochs, config.train.batch_size = 2.0, 32
+    config.evaluate.batch_size = 64
+    config.calibration.batch_size = 32
+    config.log.every_steps, config.log.tensorboard = 2, False
+    config.search.strategy = strategy
+    config.search.update(
+        dict(updates=2, proposals=8, batch_size=64, shown=3, finalists=4, norm_batches=2) | fields
+    )
+    return config
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("search")
+    programs = []
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in (
+            (cell_search, "weight_steps"),
+            (cell_search, "tell"),
+            (judging, "accuracies"),
+        ):
+            function = getattr(module, name)
+
+            def counted(*arguments, function=function, name=name, **options):
+                programs.append(name)
+                return function(*arguments, **options)
+
+            patch.setattr(module, name, counted)
+        report = cell_search.build(tiny_config(), workdir)
+    return workdir, report, programs
+
+
+def test_a_search_leaves_an_architecture_its_picture_and_a_config(whole):
+    workdir, report, _ = whole
+    assert json.loads((workdir / "result.json").read_text()) == report
+    space = cell_search.space_of(tiny_config())
+    assert space.lists(space.parse(report["arc"])) == report["lists"]
+    for name in ("search.txt", "plots/search.png", "plots/cells.png", "metrics.jsonl"):
+        assert (workdir / name).stat().st_size
+    config = runpy.run_path(str(workdir / "built_config.py"))["get_config"]()
+    configs.check(config)
+    assert config.model.arc == report["arc"] and not config.search.strategy
+    chosen = [finalist for finalist in report["finalists"] if finalist["chosen"]]
+    assert [finalist["arc"] for finalist in chosen] == [report["arc"]]
+    best = max(finalist["validation/accuracy"] for finalist in report["finalists"])
+    assert report["validation/accuracy"] == best == chosen[0]["validation/accuracy"]
+    assert 0 <= report["test/accuracy"] <= 1
+    assert report["architectures"] == 2 * 2 * 8
+    assert chosen[0]["cost"] == report["costs"]["bops"]
+
+
+def test_every_architecture_has_one_program(whole):
+    assert sorted(whole[2]) == ["accuracies", "tell", "weight_steps"]
+
+
+def test_an_evaluation_prints_what_the_source_does(whole, capsys):
+    _, report, _ = whole
+    assert [record["step"] for record in report["history"]] == [3, 6]
+    assert {"strategy/baseline", "strategy/entropy", "test/accuracy"} <= report["history"][0].keys()
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [3, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_killed_search_goes_on_to_the_same_bits(whole, tmp_path, monkeypatch, at):
+    config = tiny_config()
+    config.checkpoint.every_epochs = 1 / 3
+    save = training.Checkpoints.save
+
+    def saves_until_killed(self, step, *args, **kwargs):
+        save(self, step, *args, **kwargs)
+        if step == at:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(cell_search.Checkpoints, "save", saves_until_killed)
+        cell_search.build(config, tmp_path)
+    report = cell_search.build(config, tmp_path)
+    differ = {"seconds", "images_per_second", "architectures_per_second", "config_hash"}
+    of_both = [
+        {name: x for name, x in one.items() if name not in differ} for one in (report, whole[1])
+    ]
+    assert of_both[0] == of_both[1]
+
+
+def test_devices_share_architectures_and_measure_as_one_does(whole):
+    config = tiny_config()
+    dataset = data.load(config.data)
+    search = cell_search.prepare(config, dataset)
+    state = search.run.initial_state()
+    keys = jax.random.split(jax.random.key(0), 11)  # which 8 devices do not divide
+    architectures = jax.vmap(search.space.random)(keys)
+    batch = {"index": np.arange(64)}
+    resident = dataset.validation.resident
+    found = jax.jit(lambda a: judging.accuracies(search.run, state, a, batch, resident))
+    found = found(sharding.put_replicated(np.asarray(architectures), search.run.mesh))
+    model = nnx.merge(search.run.graph, state.params, state.stats)
+    images = data.normalise(jnp.asarray(resident["image"][:64]), dataset.info)
+    for tokens, accuracy in zip(architectures, found, strict=True):
+        fixed = cells.extract(model, np.asarray(tokens))
+        fixed.train()  # batch statistics; nothing drops
+        hits = fixed(images).argmax(-1) == resident["label"][:64]
+        assert float(accuracy) == pytest.approx(float(hits.mean()), abs=1e-6)
+    assert len(set(map(float, found))) > 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["random", "evolution", "nsga2", "darts", "gumbel"])
+def test_every_strategy_searches(tmp_path, strategy):
+    config = tiny_config(strategy)
+    if strategy in ("darts", "gumbel"):
+        config.search.updates, config.search.cost_weight = 30, 0.1
+    report = cell_search.build(config, tmp_path)
+    assert report["strategy"] == strategy and report["finalists"]
+
+
+@pytest.mark.slow
+def test_shared_and_separate_accuracies_are_compared(whole, tmp_path):
+    report = ranking.rank(tiny_config(ranked=3, ranked_epochs=1.0), tmp_path, whole[0])
+    assert len(report["architectures"]) == 3 and -1 <= report["kendall"] <= 1
+    assert (tmp_path / "plots" / "rank.png").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("data.validation", "", "data.validation"),
+        ("model.arc", "0 1 0 1 0 1 0 1", "model.arc"),
+        ("search.reward", "speed", "search.reward"),
+        ("search.cost", "joules", "joules"),
+        ("search.cost_weight", 0.5, "does not heed it"),
+        ("search.batch_size", 96000, "the validation split has only"),
+        ("train.ema", 0.9, "train.ema"),
+        ("search.warmup_epochs", 2.0, "below train.epochs"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path, field, value, message):
+    config = tiny_config()
+    *sections, name = field.split(".")
+    section = config
+    for part in sections:
+        section = section[part]
+    section[name] = value
+    with pytest.raises(UserError, match=message):
+        cell_search.build(config, tmp_path)
+    assert not list(tmp_path.iterdir())
