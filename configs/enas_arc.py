@@ -1,6 +1,6 @@
 """The net of an architecture of the micro space, trained from scratch (ENAS, arXiv 1802.03268).
 
-    python -m efficient_nets.main --config=configs/enas_arc.py --config.model.arc="0 2 0 0 ..."
+    python -m efficient_nets.main --config=configs/enas_arc.py --config.arc="0 2 0 0 ..."
     python -m efficient_nets.main --config=configs/enas_arc.py:ternarize,dataset=mnist
 
 1,567,108 parameters, 107.0 M MACs. The default is the architecture that ENAS found on CIFAR-10,

@@ -23,6 +23,7 @@ from efficient_nets.errors import UserError
 from efficient_nets.layers import rules
 from efficient_nets.ops.quantizers import CALIBRATIONS
 from efficient_nets.search import rewards, strategies
+from efficient_nets.tasks import classification
 
 PRETRAINED = "pretrain"  # teacher.checkpoint: the net in float of config.pretrain
 # A run may be resumed with other values here: they do not change what is computed.
@@ -155,6 +156,7 @@ def defaults() -> ConfigDict:
         dict(
             epochs=1.0,
             batch_size=128,  # over all devices
+            loss="cross_entropy",  # cross_entropy, squared_hinge (as binary nets were trained)
             label_smoothing=0.0,
             ema=0.0,  # decay of the moving average of the net that is evaluated; 0: none
             steps_per_dispatch=0,  # 0: 16 on an accelerator with data on the device, else 1
@@ -310,6 +312,7 @@ def check(config: ConfigDict) -> None:
         names.pick("search.strategy", config.search.strategy, strategies.STRATEGIES)
     elif config.search != reference.search:
         raise UserError("search.strategy='': without one the other fields of search do nothing")
+    names.pick("train.loss", config.train.loss, classification.LOSSES)
     names.pick("calibration.how", config.calibration.how, CALIBRATIONS)
     names.pick("dtype", config.dtype, {"float32": None, "bfloat16": None})
     paths.check_rules("layers", config.layers, rules.FIELDS)

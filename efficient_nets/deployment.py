@@ -274,7 +274,7 @@ def _source_scores(run: Experiment, folder: pathlib.Path) -> dict[str, Any]:
             continue
         try:
             source = workdirs.read_config(field, folder)
-            graph, found = workdirs.trained_net(field, folder, source, run)
+            graph, found = conversion.source_net(field, folder, source, run)
         except UserError as error:
             logging.warning("The net that this one came from is not evaluated: %s", error)
             continue

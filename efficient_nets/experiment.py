@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from efficient_nets import config as configs
 from efficient_nets import data, layers, models, optim, paths, sharding
 from efficient_nets.errors import UserError
-from efficient_nets.tasks.classification import Classification
+from efficient_nets.tasks.classification import LOSSES, Classification
 
 
 class TrainState(NamedTuple):
@@ -158,7 +158,7 @@ def build(config: ConfigDict, dataset: data.Dataset, *, training: bool = True) -
         config=config,
         mesh=mesh,
         dataset=dataset,
-        task=Classification(config.train.label_smoothing),
+        task=Classification(config.train.label_smoothing, LOSSES[config.train.loss]),
         graph=graph,
         optimizer=optimizer,
         rate=rate,

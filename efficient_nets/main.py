@@ -1,6 +1,10 @@
-"""`python -m efficient_nets.main --config=configs/qresnet.py --workdir=DIR --mode=train`."""
+"""`python -m efficient_nets.main --config=configs/qresnet.py --workdir=DIR --mode=train`.
+
+`--config.arc=X` is short for `--config.model.arc=X`, the architecture of a net of cells.
+"""
 
 import pathlib
+import re
 import sys
 from typing import NoReturn
 
@@ -114,6 +118,8 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> list[str]:
+    argv = [re.sub(r"^(--?config)\.arc(?==|$)", r"\1.model.arc", text) for text in argv]
+    sys.argv = argv  # where the config flag looks for its overrides
     try:
         return FLAGS(argv)
     except (AttributeError, KeyError) as error:

@@ -17,6 +17,7 @@ from flax.nnx import Rngs, Sequential
 
 from efficient_nets import analysis, layers, workdirs
 from efficient_nets import config as configs
+from efficient_nets import main as program
 from efficient_nets.checkpoint import Checkpoints
 
 # ml_collections reads a config file in a way that Python is about to drop.
@@ -115,6 +116,17 @@ def test_without_a_workdir_each_argument_of_a_config_has_its_own(command, tmp_pa
     assert workdirs.default("a/b.py:folder:/x y") == "runs/b-folder__x_y"
 
 
+def test_an_architecture_has_a_short_flag(command, monkeypatch):
+    seen = []
+    monkeypatch.setattr(program, "_run", lambda config, workdir: seen.append(config.model.arc))
+    forms = ("--config.arc=1 2",), ("--config.arc", "1 2"), ("-config.arc=1 2",), ("--config.arc=",)
+    forms += (("--config.model.arc=3 4", "--config.arc=1 2"),)  # the last one counts
+    for form in forms:
+        status, _, err = command("--config=configs/enas_arc.py", *form)
+        assert status == 0, err
+    assert seen == ["1 2", "1 2", "1 2", "", "1 2"]
+
+
 @pytest.mark.parametrize("step", ["newest", "best", "5"])
 def test_evaluation_on_eight_devices_scores_as_training_did_on_one(whole, command, step, tmp_path):
     status, out, err = command(
@@ -183,6 +195,7 @@ def test_analysis_writes_numbers_pictures_and_events_beside_another_run_s(whole,
         ("--config.trian.epochs=1", "no such field: 'trian'.* \"train\""),
         ("--config.train.epochs.x=1", "no such field:.* train.epochs.x"),
         ("--config.model.depht=20", "config.model has no field 'depht'.* mean 'depth'"),
+        ("--config.arc=0 2 0 0", "config.model has no field 'arc'"),
         ("--config.train.batch_size=many", "--config.train.batch_size=many: invalid literal"),
         ("--config.train.batch_size=1.5", "--config.train.batch_size=1.5: invalid literal"),
         ("--config.train=3", "--config.train=3: .* not a dict"),

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from efficient_nets import data, evaluation, experiment, sharding, workdirs
+from efficient_nets import config as configs
+from efficient_nets import data, evaluation, experiment, layers, sharding, workdirs
 from efficient_nets import train as training
 from efficient_nets.checkpoint import CheckpointError
 from efficient_nets.errors import TrainingDiverged, UserError
 from efficient_nets.layers import Dense, LayerSpec
+from efficient_nets.models import cells
 from tests import tiny_config
 
 
@@ -369,3 +371,46 @@ def test_the_peak_of_a_layer_that_is_called_twice_is_that_of_both_calls(scale):
     _, peaks = training._watched(Twice(), jnp.full((1, 1), 3.0))
     assert peaks.keys() == {"dense/product_max"}
     np.testing.assert_allclose(peaks["dense/product_max"], 9 * max(scale, 1) ** 2, rtol=1e-6)
+
+
+def test_an_auxiliary_head_has_its_weight_in_the_loss(monkeypatch):
+    """Of a net of a normal and a reduction cell, of identities, which compiles in no time."""
+    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
+    monkeypatch.setattr(cells, "reduction_places", lambda layers, reductions: (1,))
+    arc = "0 4 1 4 0 4 1 4"
+    model = configs.model("cells", arc=arc, nodes=1, layers=0, features=2, auxiliary=0.4)
+    config = tiny(layers=(), model=model, train__batch_size=8, data__crop=0)
+    run = experiment.build(config, data.load(config.data))
+    draws, state = np.random.default_rng(0), run.abstract
+    params = jax.tree.map(lambda x: np.float32(draws.normal(0, 0.3, x.shape)), state.params)
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)._replace(params=params)
+    batch = next(data.train_batches(run.dataset.train, 8, seed=0))
+    batch = data.gather(run.dataset.train.resident, batch)
+
+    def cross_entropy(logits, labels):
+        own = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
+        return jnp.mean(jnp.log(jnp.sum(jnp.exp(logits), axis=1)) - own)
+
+    def expected(params, stats):
+        model = nnx.merge(run.graph, params, stats)
+        with layers.collecting("auxiliary") as heads:
+            logits = model(data.normalise(batch["image"], run.dataset.info))
+        ((_, own),) = heads
+        parts = [cross_entropy(z, batch["label"]) for z in (logits, own)]
+        return parts[0] + 0.4 * parts[1], parts
+
+    @jax.jit
+    def both(state):
+        found = training.train_step(run, state, batch, None)
+        return *found, *jax.grad(expected, has_aux=True)(state.params, state.stats)
+
+    new, metrics, gradient, (loss, of_head) = both(state)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
+    np.testing.assert_allclose(metrics["auxiliary_loss"], 0.4 * of_head, rtol=1e-6)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(gradient["auxiliary_head"]))
+    # The first step of SGD. In float32, behind norms that divide by small deviations.
+    rate = float(metrics["learning_rate"])
+    moved = jax.tree.map(lambda old, new: (old - new) / rate, state.params, new.params)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-4), moved, gradient
+    )

@@ -50,7 +50,7 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     plain = config.copy_and_resolve_references()
     plain.layers, plain.checkpoint.convert_from = source.layers, ""
     run = experiment.build(experiment.without_idle_rules(plain), dataset, training=False)
-    graph, net = workdirs.trained_net(field, pathlib.Path(folder), source, run)
+    graph, net = conversion.source_net(field, pathlib.Path(folder), source, run)
     model = nnx.merge(graph, net["params"], net["stats"])
     specs = dict(_decomposed_layers(config, model))
     report = {"checkpoint": folder, "dataset": dataset.info.name, "layers": {}, "dense": []}

@@ -1,6 +1,7 @@
-"""Image classification: cross-entropy over soft labels, accuracy."""
+"""Image classification: a loss over soft labels, accuracy."""
 
 import dataclasses
+from collections.abc import Callable
 
 import flax
 import jax
@@ -8,6 +9,28 @@ import jax.numpy as jnp
 import optax
 from clu import metrics
 from jax import Array
+
+
+def squared_hinge(logits: Array, labels: Array) -> Array:
+    """`mean_k max(0, 1 - t_k z_k)^2` of each sample, t = 1 for its label's class and -1 for others.
+
+    The loss that binary nets were trained with (Courbariaux et al. 2015, arXiv 1511.00363, section
+    3; 2016, arXiv 1602.02830). Of soft labels y it is the expectation over labels drawn from them,
+    `mean_k y_k max(0, 1 - z_k)^2 + (1 - y_k) max(0, 1 + z_k)^2`.
+
+    Args:
+      logits: z, `(N, classes)`.
+      labels: y, `(N, classes)`.
+
+    Returns:
+      `(N,)`.
+    """
+    own, other = (jnp.square(jnp.maximum(0, 1 + sign * logits)) for sign in (-1, 1))
+    return jnp.mean(labels * own + (1 - labels) * other, axis=-1)
+
+
+# Of each sample, `(N,)`, by logits and soft labels `(N, classes)`; linear in the labels.
+LOSSES = {"cross_entropy": optax.softmax_cross_entropy, "squared_hinge": squared_hinge}
 
 
 @flax.struct.dataclass
@@ -20,9 +43,15 @@ class Scores(metrics.Collection):
 
 @dataclasses.dataclass(frozen=True)
 class Classification:
-    """The task. label_smoothing: share of the label's weight that is spread over all classes."""
+    """The task.
+
+    Attributes:
+      label_smoothing: Share of the label's weight that is spread over all classes in training.
+      sample_loss: A value of `LOSSES`.
+    """
 
     label_smoothing: float = 0.0
+    sample_loss: Callable[[Array, Array], Array] = optax.softmax_cross_entropy
 
     def loss(self, logits: Array, labels: Array) -> tuple[Array, dict[str, Array]]:
         """Mean loss, and metrics, of one training batch.
@@ -33,7 +62,7 @@ class Classification:
         """
         logits = logits.astype(jnp.float32)
         smooth = optax.smooth_labels(labels, self.label_smoothing)
-        loss = jnp.mean(optax.softmax_cross_entropy(logits, smooth))
+        loss = jnp.mean(self.sample_loss(logits, smooth))
         hits = jnp.argmax(logits, -1) == jnp.argmax(labels, -1)
         return loss, {"loss": loss, "accuracy": jnp.mean(hits.astype(jnp.float32))}
 
@@ -58,10 +87,13 @@ class Classification:
         return self.loss(logits, jax.nn.one_hot(labels, logits.shape[-1]))[0]
 
     def scores(self, logits: Array, labels: Array, weights: Array) -> Scores:
-        """Scores of one evaluation batch: integer labels `(N,)`, weights `(N,)` of 0 or 1."""
+        """Scores of one evaluation batch: integer labels `(N,)`, weights `(N,)` of 0 or 1.
+
+        The loss is that of training, without smoothing.
+        """
         logits = logits.astype(jnp.float32)
         return Scores.single_from_model_output(
-            loss=optax.softmax_cross_entropy_with_integer_labels(logits, labels),
+            loss=self.sample_loss(logits, jax.nn.one_hot(labels, logits.shape[-1])),
             correct=(jnp.argmax(logits, -1) == labels).astype(jnp.float32),
             mask=weights > 0,
         )
