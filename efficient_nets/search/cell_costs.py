@@ -229,6 +229,7 @@ def _end_part(net: _Net, cell: cells.Cell) -> _Part:
 def _rest(net: _Net) -> _Part:
     """The net whose only operands are identities, and whose loose ends are not convolved."""
     model = nnx.clone(net.model)
+    model.auxiliary_head = nnx.data(None)  # for training alone
     model.space = dataclasses.replace(model.space, nodes=1)
     tokens = np.zeros(model.space.shape, np.int32)
     tokens[..., INPUT] = inputs = (0, 1)  # each is read, or nothing would compute it
@@ -243,9 +244,12 @@ def _rest(net: _Net) -> _Part:
                 end.remove(nnx.Rngs(0))
         pair = (cells.Choice(at, same) for at in inputs)
         cell.nodes = nnx.List([cells.Node(*pair)])
-    found = [f"{path} {layer.geometry} {_text(layer)}" for path, layer in layers.layers(model)]
-    # A table of another net must not pass for one of this.
-    label = f"all else of {len(model.cells)} cells, {zlib.crc32(repr(found).encode()):08x}"
+    # A table of another net must not pass for one of this, in another process either.
+    found = [
+        f"{path} {layer.geometry.kernel_shape} {_text(layer)}"
+        for path, layer in layers.layers(model)
+    ]
+    label = f"all else of {len(model.cells)} cells, {zlib.crc32(' '.join(found).encode()):08x}"
     return _Part(_shape(net, net.image_shape), label, model, net.image_shape)
 
 
