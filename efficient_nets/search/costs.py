@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,11 +62,20 @@ def _measured(config: ConfigDict, paths, candidates) -> list[list[float]]:
     table = read(field, pathlib.Path(config.winas.latency))["seconds"]
     keys = shapes(config, paths)
     labels = [space.label(candidate) for candidate in candidates]
+    check_times(
+        field, table, [(key, label) for key in dict.fromkeys(keys.values()) for label in labels]
+    )
+    return [[table[keys[path]][label] for path in paths] for label in labels]
+
+
+def check_times(
+    field: str, seconds: Mapping[str, Mapping[str, float]], needed: Sequence[tuple[str, str]]
+) -> None:
+    """Raises a UserError, of that field, if these times lack a (shape, label) of those needed."""
     missing = [
-        f"{key}: {label}"
-        for key in dict.fromkeys(keys.values())
-        for label in dict.fromkeys(labels)
-        if label not in table.get(key, {})
+        f"{shape}: {label}"
+        for shape, label in dict.fromkeys(needed)
+        if label not in seconds.get(shape, {})
     ]
     if missing:
         few = "; ".join(missing[:5]) + ("; ..." if len(missing) > 5 else "")
@@ -74,7 +83,6 @@ def _measured(config: ConfigDict, paths, candidates) -> list[list[float]]:
             f"{field} lacks {len(missing)} of the times, so it is of another net or of others; "
             f"--mode=latency measures them: {few}"
         )
-    return [[table[keys[path]][label] for path in paths] for label in labels]
 
 
 def read(field: str, path: pathlib.Path) -> dict[str, Any]:

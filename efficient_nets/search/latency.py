@@ -62,23 +62,35 @@ def measure(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
             path = first[shape]
             for name, candidate in every.items():
                 layer = _layer(found[path], candidate)
-                own[name] = _seconds(layer, (size, *inputs[path]), config.dtype, repeats)
+                own[name] = seconds_of(layer, (size, *inputs[path]), config.dtype, repeats)
                 bar.update()
-    table = {
+    table = with_conditions(seconds, size, repeats, config.dtype)
+    write(table, workdir)
+    return table
+
+
+def with_conditions(
+    seconds: dict[str, dict[str, float]], batch_size: int, repeats: int, dtype: str
+) -> dict[str, Any]:
+    """The table: times and what they were measured with."""
+    return {
         "device": f"{jax.devices()[0].device_kind}, {platform.processor() or platform.machine()}",
         "host": platform.node(),
         "jax": jax.__version__,
-        "batch_size": size,
+        "batch_size": batch_size,
         "repeats": repeats,
-        "dtype": config.dtype,
+        "dtype": dtype,
         "rounding": "computed in float",
         "seconds": seconds,
     }
+
+
+def write(table: dict[str, Any], workdir: pathlib.Path) -> None:
+    """Writes workdir/latency.json, which `costs.read` reads, and prints the table."""
     if jax.process_index() == 0:
         reporting.write_json(workdir / FILE, table)
         print(text(table))
         print(f"table        {workdir / FILE}", flush=True)
-    return table
 
 
 def _layer(like: Layer, candidate: space.Candidate) -> Layer:
@@ -100,9 +112,16 @@ def _layer(like: Layer, candidate: space.Candidate) -> Layer:
     return layers.transform_kernels(made)
 
 
-def _seconds(layer: Layer, shape: Sequence[int], dtype: str, repeats: int) -> float:
-    """The median over `repeats` calls, behind one that compiles and one that warms up."""
-    graph, state = nnx.split(layer)
+def seconds_of(module: nnx.Module, shape: Sequence[int], dtype: str, repeats: int) -> float:
+    """The median over `repeats` calls, behind one that compiles and one that warms up.
+
+    Args:
+      module: In evaluation mode.
+      shape: Of its input, the batch axis included.
+      dtype: Of its input.
+      repeats: How many calls.
+    """
+    graph, state = nnx.split(module)
     forward = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
     x = jax.random.normal(jax.random.key(0), shape, jnp.dtype(dtype))
     times = []
@@ -114,10 +133,9 @@ def _seconds(layer: Layer, shape: Sequence[int], dtype: str, repeats: int) -> fl
 
 
 def text(table: dict[str, Any]) -> str:
-    """A line a shape, a column a candidate, in microseconds."""
-    names = list(next(iter(table["seconds"].values())))
+    """A line a shape, and one for each of what was measured in it, in microseconds."""
     lines = [f"microseconds for {table['batch_size']} images on {table['device']}"]
     for shape, own in table["seconds"].items():
         lines.append(shape)
-        lines += [f"  {1e6 * own[name]:>10,.1f}  {name}" for name in names]
+        lines += [f"  {1e6 * seconds:>10,.1f}  {name}" for name, seconds in own.items()]
     return "\n".join(lines)
