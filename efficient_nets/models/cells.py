@@ -8,7 +8,6 @@ weights serve all architectures, and whose architecture is data:
     fixed = cells.extract(net, tokens)  # models.create("cells", arc=space.text(tokens), ...)
 """
 
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -18,21 +17,12 @@ from flax import nnx
 from jax import Array, lax
 
 from efficient_nets.errors import UserError
-from efficient_nets.layers import (
-    BatchNorm,
-    Conv,
-    LayerSpec,
-    layer_norm_act,
-    stacked,
-    switched,
-    taken,
-)
+from efficient_nets.layers import BatchNorm, Conv, LayerSpec, layer_norm_act
 from efficient_nets.layers.collect import add, wanted
 from efficient_nets.models import operations, parts
+from efficient_nets.models.operands import Choice, Shared, Style, spec_of
 from efficient_nets.models.operations import pointwise
-from efficient_nets.models.space import INPUT, OP, OPS, PRECISION, Space
-from efficient_nets.ops import factorization
-from efficient_nets.ops.precision import Precision
+from efficient_nets.models.space import OP, OPS, Space
 
 # The one that ENAS found on CIFAR-10 with B = 5, of its published training script.
 ENAS_ARC = "0 2 0 0 0 4 0 1 0 4 1 1 1 0 0 1 0 2 1 1 1 0 1 0 0 3 0 2 1 1 3 1 1 0 0 4 0 3 1 1"
@@ -47,96 +37,6 @@ class Architecture(nnx.Variable):
 
 class Draws(nnx.RngState):
     """Of drop-path: key data, and the number of training calls so far."""
-
-
-class Choice(nnx.Module):
-    """An operand that is chosen: one operation on one of the cell's states.
-
-    Attributes:
-      at: Static, which state.
-      op: The operation.
-    """
-
-    def __init__(self, at: int, op: nnx.Module):
-        self.at, self.op = int(at), op
-
-    def __call__(self, states: Sequence[Array], tokens) -> Array:
-        return self.op(states[self.at])
-
-
-class Shared(nnx.Module):
-    """An operand that is any operation on any state, as its tokens `(3,)` say.
-
-    Attributes:
-      numbers: Static, of each (op, precision) the position in `ways`.
-      ways: Modules; each variable has a leading axis, by the state that is read. Kernels, and norms
-        with their running averages, are the same for all precisions.
-    """
-
-    def __init__(self, inputs: int, features: int, style: "Style", rngs: nnx.Rngs):
-        self.numbers = style.numbers
-        self.ways = stacked(functools.partial(_ways, features, style), inputs, rngs.params())
-
-    def __call__(self, states: Sequence[Array], tokens) -> Array:
-        at, number = tokens[INPUT], self._number(tokens)
-        x = lax.dynamic_index_in_dim(jnp.stack(states), at, 0, keepdims=False)
-        return switched(self.ways, number, x, lambda way, x: way(x), at=at)
-
-    def _number(self, tokens):
-        return jnp.asarray(self.numbers, jnp.int32)[tokens[OP], tokens[PRECISION]]
-
-    def chosen(self, tokens: np.ndarray) -> Choice:
-        """The operand that these tokens make of it, weights as here."""
-        at, op, precision = map(int, tokens)
-        return Choice(at, taken(self.ways[self.numbers[op][precision]], at))
-
-
-def _ways(features: int, style: "Style", rngs: nnx.Rngs) -> nnx.List:
-    return nnx.List([way for op in style.ops for way in style.ways(op, features, rngs)])
-
-
-class Style:
-    """What all cells of a net have in common, checked.
-
-    Attributes:
-      space: The space.
-      ops: Its operations, parsed.
-      numbers: Position of each (op, precision) in the ways of a `Shared`.
-      activation: A function.
-      mix: Spec of the pointwise convolutions that are no operands.
-    """
-
-    def __init__(self, space: Space, activation: str, mix_precision: str):
-        self.space = space
-        self.ops = tuple(map(operations.parse, space.ops))
-        self.activation = parts.activation(activation)
-        numbers, count = [], 0
-        for op in self.ops:
-            step = int(op.has_layers)  # 0: one way serves all precisions
-            numbers.append(tuple(count + step * p for p in range(len(space.precisions))))
-            count = numbers[-1][-1] + 1
-        self.numbers = tuple(numbers)
-        for op in self.ops:
-            for precision in space.precisions:
-                try:
-                    op.spec(precision)
-                except UserError as error:
-                    raise UserError(f"model.precisions: {precision!r}: {error}") from error
-        given = mix_precision or operations.of_dense(space.precisions[0])
-        self.mix = _spec("mix_precision", given)
-
-    def check_shared(self) -> None:
-        """Raises a UserError on what a shared net cannot have."""
-        for op in self.ops:
-            kernel = op.spec("float").kernel
-            if kernel != factorization.DENSE and kernel.lasso:
-                raise UserError(
-                    f"model.ops: kernel='{kernel}' in a shared net, of which the loss has no part "
-                    "for ranks: leave out the lasso"
-                )
-
-    def ways(self, op: operations.Operation, features: int, rngs: nnx.Rngs) -> list[nnx.Module]:
-        return op.ways(features, self.space.precisions, self.activation, rngs)
 
 
 class Projection(nnx.Module):
@@ -404,7 +304,7 @@ class Cells(nnx.Module):
             (3, 3),
             padding=1,
             use_bias=False,
-            spec=_spec("stem_precision", stem_precision),
+            spec=spec_of("stem_precision", stem_precision),
             rngs=rngs,
         )
         self.stem_norm = BatchNorm(channels, rngs=rngs)
@@ -481,13 +381,6 @@ class Cells(nnx.Module):
 def _unused(space: Space, tokens: np.ndarray) -> np.ndarray:
     with jax.ensure_compile_time_eval():  # a net is made under jit too
         return np.asarray(space.unused(jnp.asarray(tokens)))
-
-
-def _spec(field: str, precision: str | Precision) -> LayerSpec:
-    try:
-        return LayerSpec(precision=precision)
-    except UserError as error:
-        raise UserError(f"model.{field}: {error}") from error
 
 
 def reduction_places(layers: int, reductions: int = 3) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from flax import nnx
 from efficient_nets import layers, models, paths
 from efficient_nets.errors import UserError
 from efficient_nets.layers import recalibrate
-from efficient_nets.models import cells, operations
+from efficient_nets.models import cells, operands, operations
 from efficient_nets.models.space import Space
 
 TINY = dict(image_shape=(8, 8, 3), num_classes=3, nodes=2, layers=1, features=2)
@@ -239,8 +239,8 @@ def test_parameters_are_counted():
     # The third cell reads what the second one reduced, which has its shape.
     assert count(net) == total
     # A shared operand has all operations for each input; precisions share kernels and norms.
-    style = cells.Style(Space(precisions=("float", "binarize")), "relu", "")
-    operand = nnx.eval_shape(lambda: cells.Shared(3, f, style, nnx.Rngs(0)))
+    style = operands.Style(Space(precisions=("float", "binarize")), "relu", "")
+    operand = nnx.eval_shape(lambda: operands.Shared(3, f, style, nnx.Rngs(0)))
     assert count(operand) == 3 * (separable(f, 3) + separable(f, 5))
 
 
@@ -257,7 +257,7 @@ def test_reductions_are_where_the_source_has_them():
 
 
 def test_a_factorized_reduction_is_its_formula():
-    style = cells.Style(Space(), "relu", "float")
+    style = operands.Style(Space(), "relu", "float")
     net = cells.FactorizedReduction(2, 4, style, activates=True, rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).normal(0, 1, (2, 5, 4, 2))
     positive = np.maximum(x, 0)
@@ -304,8 +304,8 @@ def test_operations_have_every_axis():
     assert separable.pointwise1.spec == dataclasses.replace(
         separable.depthwise1.spec, precision="w=lsq:4"
     )
-    style = cells.Style(Space(1, ops, ("lsq:w4a4", "float")), "relu", "")
-    operand = nnx.eval_shape(lambda: cells.Shared(2, 8, style, nnx.Rngs(0)))
+    style = operands.Style(Space(1, ops, ("lsq:w4a4", "float")), "relu", "")
+    operand = nnx.eval_shape(lambda: operands.Shared(2, 8, style, nnx.Rngs(0)))
     assert operand.numbers == ((0, 1), (2, 3), (4, 5), (6, 7))
     cores = operand.ways[5].conv.w.kernel.variables
     assert all(core.shape[0] == 2 for core in cores.values())
