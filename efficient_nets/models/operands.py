@@ -1,4 +1,4 @@
-"""Operands of a cell's nodes: a chosen one, and one that can be any."""
+"""Operands of a cell's nodes: a chosen one, one that can be any, and a mixture of all."""
 
 import functools
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ from flax import nnx
 from jax import Array, lax
 
 from efficient_nets.errors import UserError
-from efficient_nets.layers import LayerSpec, stacked, switched, taken
+from efficient_nets.layers import LayerSpec, mixed, stacked, switched, taken
 from efficient_nets.models import operations, parts
-from efficient_nets.models.space import INPUT, OP, PRECISION, Space
+from efficient_nets.models.space import INPUT, OP, PRECISION, Choices, Space
 from efficient_nets.ops import factorization
 from efficient_nets.ops.precision import Precision
 
@@ -25,10 +25,11 @@ class Style:
       numbers: Position of each (op, precision) in the ways of a `Shared`.
       activation: A function.
       mix: Spec of the pointwise convolutions that are no operands.
+      operand: The class of operands that are not chosen.
     """
 
-    def __init__(self, space: Space, activation: str, mix_precision: str):
-        self.space = space
+    def __init__(self, space: Space, activation: str, mix_precision: str, mixes: bool = False):
+        self.space, self.operand = space, Mixture if mixes else Shared
         self.ops = tuple(map(operations.parse, space.ops))
         self.activation = parts.activation(activation)
         numbers, count = [], 0
@@ -100,6 +101,26 @@ class Shared(nnx.Module):
         """The operand that these tokens make of it, weights as here."""
         at, op, precision = map(int, tokens)
         return Choice(at, taken(self.ways[self.numbers[op][precision]], at))
+
+
+class Mixture(Shared):
+    """An operand that is all operations on all states, each by its probability.
+
+        sum_i inputs[i] sum_k ops[k] sum_p precisions[p] op_kp(states[i])
+
+    It has what a `Shared` has. Norms and ranges move at every input, and a norm that precisions
+    share moves with each of them.
+    """
+
+    def __call__(self, states: Sequence[Array], choices: Choices) -> Array:
+        """The sum, of states `(N, H, W, C)`; a way that serves all precisions has theirs together.
+
+        Of `choices` those of this operand: `(B + 2,)`, `(ops,)` and `(precisions,)`.
+        """
+        pairs = choices.ops[:, None] * choices.precisions[None]
+        ways = jnp.zeros((len(self.ways),), pairs.dtype).at[np.array(self.numbers)].add(pairs)
+        weights = choices.inputs[: len(states), None] * ways[None]
+        return mixed(self.ways, weights, jnp.stack(states), lambda way, x: way(x))
 
 
 def _ways(features: int, style: Style, rngs: nnx.Rngs) -> nnx.List:
