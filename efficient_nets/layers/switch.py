@@ -120,8 +120,9 @@ def _tell(ways: nnx.List, others, loss: Array) -> None:
 def stacked(make: Callable[[nnx.Rngs], nnx.Module], number: int, key: Array) -> nnx.Module:
     """A module whose variables have a leading axis: of `number` modules that `make` gives.
 
-    It is for `switched` with `at`, or for `taken`; as it is, it cannot be called. Nothing that goes
-    over the layers of a net sees those in it: neither rules nor the layer table nor `calibrate`.
+    It is for `switched` with `at`, `mixed` or `taken`; as it is, it cannot be called. Nothing that
+    goes over the layers of a net sees those in it: neither rules nor the layer table nor
+    `calibrate`.
     """
     graphs = []
 

@@ -277,7 +277,8 @@ class Cells(nnx.Module):
 
     Attributes:
       gates: What multiplies operands in the calls that follow, `(2, B, 2)` by cell, node and
-        operand, or None. No state: whoever takes a gradient to them sets it for that call.
+        operand, or None. An array as it is, which checkpoints do not expect: whoever takes a
+        gradient to them sets it on a net that is merged for that call.
     """
 
     def __init__(
@@ -369,7 +370,7 @@ class Cells(nnx.Module):
             self.calls = Draws(jnp.zeros((), jnp.int32))
 
     @property
-    def tokens(self) -> Array | np.ndarray:
+    def tokens(self) -> Array | np.ndarray | Choices:
         """int32 `(2, B, 2, 3)`: the architecture's; `Choices` of a net that mixes."""
         if self.choices is not None:
             return Choices(**{name: array[...] for name, array in self.choices.items()})
@@ -402,8 +403,6 @@ class Cells(nnx.Module):
     def _drop(self, tokens, samples: int) -> Array | None:
         """Factors `(cells, B, 2, N)`: 0, or 1 / keep; 1 for identities. None if nothing drops.
 
-        Mixtures are none of them.
-
         keep = 1 - (i + 1) / n * drop_path of cell i of n, times the share of the ramp that is over
         (arXiv 1605.07648; ENAS's code).
         """
@@ -421,7 +420,7 @@ class Cells(nnx.Module):
         shape = (count, self.space.nodes, 2, samples)
         keep = jnp.broadcast_to(keep, shape)
         factor = jnp.where(jax.random.uniform(key, shape, jnp.float32) < keep, 1 / keep, 0.0)
-        if self.choices is not None:
+        if self.choices is not None:  # a mixture is no identity
             return factor
         stays = [operations.parse(op).name == operations.IDENTITY for op in self.space.ops]
         stays = jnp.asarray(stays)[jnp.asarray(tokens)[..., OP]]
@@ -466,7 +465,7 @@ def extract(net: Cells, architecture) -> Cells:
     unused = _unused(net.space, tokens)
     fixed = nnx.clone(net)
     fixed.arc = net.space.text(tokens)
-    fixed.architecture = fixed.choices = nnx.data(None)
+    fixed.architecture = fixed.choices = fixed.gates = nnx.data(None)
     for number, cell in enumerate(fixed.cells):
         kind = int(number in fixed.places)
         for index, node in enumerate(cell.nodes):

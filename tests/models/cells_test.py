@@ -297,6 +297,7 @@ def choices_of(net, tokens):
     return Choices(*(jnp.eye(size)[tokens[..., field]] for field, size in enumerate(sizes)))
 
 
+@pytest.mark.slow
 def test_a_mixture_of_one_hots_is_the_shared_net_of_their_architecture(shared, shared_run, images):
     tokens = architectures(shared.space)["mixed"]
     net = two_cells(shapes, arc="", mixes=True)
