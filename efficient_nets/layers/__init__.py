@@ -24,7 +24,7 @@ from efficient_nets.layers.recalibrate import batch_moments, recalibrate_norms
 from efficient_nets.layers.recurrent import CELLS, GRU, LSTM, Recurrent
 from efficient_nets.layers.rules import convert, layers, ranges, set_compute_dtype, t_layers
 from efficient_nets.layers.spec import LayerSpec
-from efficient_nets.layers.switch import stacked, switched, taken
+from efficient_nets.layers.switch import mixed, stacked, switched, taken
 from efficient_nets.layers.tproduct import TDense
 from efficient_nets.layers.winograd import transform_kernels
 
@@ -56,6 +56,7 @@ __all__ = [
     "kaiming_normal",
     "layer_norm_act",
     "layers",
+    "mixed",
     "prune",
     "ranges",
     "recalibrate_norms",

@@ -1,4 +1,4 @@
-"""One of several modules, chosen by data: a step is compiled once for all of them."""
+"""One of several modules, chosen by data: a step is compiled once for all of them. Or their sum."""
 
 import functools
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from jax import Array, lax
 from efficient_nets.layers.collect import add, collecting, wanted
 from efficient_nets.layers.linear import Layer
 from efficient_nets.layers.precision import Range
+from efficient_nets.ops import linear_maps
 
 
 def switched(
@@ -44,9 +45,7 @@ def switched(
     @functools.partial(jax.checkpoint, static_argnums=0)
     def one(number: int, params, others, x):
         found = nnx.merge(graph, params, others)
-        with collecting("losses") as losses, collecting("peaks"), collecting("norms"):
-            y = call(found[number], x)
-        loss = sum((x.astype(jnp.float32) for _, x in losses), jnp.zeros((), jnp.float32))
+        y, loss = _called(call, found[number], x)
         return y, nnx.state(found, nnx.Not(nnx.Param)), loss
 
     branches = [functools.partial(one, number) for number in range(len(ways))]
@@ -55,19 +54,75 @@ def switched(
         others = jax.tree.map(
             lambda old, new: lax.dynamic_update_index_in_dim(old, new, at, 0), every, others
         )
+    _tell(ways, others, loss)
+    return y
+
+
+def mixed(
+    ways: nnx.List,
+    weights: Array,
+    xs: Array,
+    call: Callable[[nnx.Module, Array], Array],
+) -> Array:
+    """`sum_i sum_k weights[i, k] call(ways[k] at i, xs[i])`, all of which is computed.
+
+    What they moved is kept, whatever the weights: a variable that ways share moves with each of
+    them. The losses of quantizers are added with the same weights.
+
+    The backward pass computes all again, one i after the other: what it keeps at a time is that of
+    all ways of one input.
+
+    Args:
+      ways: Modules whose variables have a leading axis, see `stacked`; they may share some. Their
+        outputs are of the shape and the type of an input.
+      weights: `(n, ways)`, differentiable.
+      xs: `(n, ...)`.
+      call: A module's value.
+    """
+    graph, params, others = nnx.split(ways, nnx.Param, ...)
+    wide = linear_maps.wide(xs.dtype)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # a scan has no other half to merge with
+    def one(params, others, weights, x):
+        found = nnx.merge(graph, params, others)
+        total, losses = jnp.zeros(x.shape, wide), jnp.zeros((), jnp.float32)
+        for weight, way in zip(weights, found, strict=True):
+            y, loss = _called(call, way, x)
+            total += weight.astype(wide) * y.astype(wide)
+            losses += weight.astype(jnp.float32) * loss
+        return (total, losses), nnx.state(found, nnx.Not(nnx.Param))
+
+    def step(totals, each):
+        found, others = one(*each)
+        return jax.tree.map(jnp.add, totals, found), others
+
+    start = jnp.zeros(xs.shape[1:], wide), jnp.zeros((), jnp.float32)
+    (y, loss), others = lax.scan(step, start, (params, others, weights, xs))
+    _tell(ways, others, loss)
+    return y.astype(xs.dtype)
+
+
+def _called(call, way: nnx.Module, x: Array) -> tuple[Array, Array]:
+    """The value, and the sum of what its quantizers add to the loss: in a branch none sees it."""
+    with collecting("losses") as losses, collecting("peaks"), collecting("norms"):
+        y = call(way, x)
+    return y, sum((x.astype(jnp.float32) for _, x in losses), jnp.zeros((), jnp.float32))
+
+
+def _tell(ways: nnx.List, others, loss: Array) -> None:
     nnx.update(ways, others)
     if wanted("losses") and any(
         isinstance(node, Range) and node.quantizer.loss for _, node in nnx.iter_graph(ways)
     ):
         add("losses", ways, loss)
-    return y
 
 
 def stacked(make: Callable[[nnx.Rngs], nnx.Module], number: int, key: Array) -> nnx.Module:
     """A module whose variables have a leading axis: of `number` modules that `make` gives.
 
-    It is for `switched` with `at`, or for `taken`; as it is, it cannot be called. Nothing that goes
-    over the layers of a net sees those in it: neither rules nor the layer table nor `calibrate`.
+    It is for `switched` with `at`, `mixed` or `taken`; as it is, it cannot be called. Nothing that
+    goes over the layers of a net sees those in it: neither rules nor the layer table nor
+    `calibrate`.
     """
     graphs = []
 

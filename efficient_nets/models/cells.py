@@ -6,9 +6,14 @@ weights serve all architectures, and whose architecture is data:
     net = models.create("cells", arc="", ...)
     net.architecture[...] = net.space.random(key)  # one compiled step serves all of them
     fixed = cells.extract(net, tokens)  # models.create("cells", arc=space.text(tokens), ...)
+
+For a search by gradient its operands are multiplied with gates, or it is the mixture of all:
+
+    net.gates = nnx.data(relaxation.gates(choices, tokens))  # where the loss is taken
+    net = models.create("cells", arc="", mixes=True, ...)  # the same weights
+    net.choose(probabilities)
 """
 
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -18,21 +23,13 @@ from flax import nnx
 from jax import Array, lax
 
 from efficient_nets.errors import UserError
-from efficient_nets.layers import (
-    BatchNorm,
-    Conv,
-    LayerSpec,
-    layer_norm_act,
-    stacked,
-    switched,
-    taken,
-)
+from efficient_nets.layers import BatchNorm, Conv, LayerSpec, layer_norm_act
 from efficient_nets.layers.collect import add, wanted
 from efficient_nets.models import operations, parts
+from efficient_nets.models.operands import Choice, Style, spec_of
 from efficient_nets.models.operations import pointwise
-from efficient_nets.models.space import INPUT, OP, OPS, PRECISION, Space
-from efficient_nets.ops import factorization
-from efficient_nets.ops.precision import Precision
+from efficient_nets.models.space import OP, OPS, Choices, Space
+from efficient_nets.ops import linear_maps
 
 # The one that ENAS found on CIFAR-10 with B = 5, of its published training script.
 ENAS_ARC = "0 2 0 0 0 4 0 1 0 4 1 1 1 0 0 1 0 2 1 1 1 0 1 0 0 3 0 2 1 1 3 1 1 0 0 4 0 3 1 1"
@@ -45,98 +42,12 @@ class Architecture(nnx.Variable):
     """The tokens of a shared net's architecture, int32 `(2, B, 2, 3)`: data, not trained."""
 
 
+class Probabilities(nnx.Variable):
+    """Of a net that mixes, one of the arrays of `space.Choices`: data, not trained with weights."""
+
+
 class Draws(nnx.RngState):
     """Of drop-path: key data, and the number of training calls so far."""
-
-
-class Choice(nnx.Module):
-    """An operand that is chosen: one operation on one of the cell's states.
-
-    Attributes:
-      at: Static, which state.
-      op: The operation.
-    """
-
-    def __init__(self, at: int, op: nnx.Module):
-        self.at, self.op = int(at), op
-
-    def __call__(self, states: Sequence[Array], tokens) -> Array:
-        return self.op(states[self.at])
-
-
-class Shared(nnx.Module):
-    """An operand that is any operation on any state, as its tokens `(3,)` say.
-
-    Attributes:
-      numbers: Static, of each (op, precision) the position in `ways`.
-      ways: Modules; each variable has a leading axis, by the state that is read. Kernels, and norms
-        with their running averages, are the same for all precisions.
-    """
-
-    def __init__(self, inputs: int, features: int, style: "Style", rngs: nnx.Rngs):
-        self.numbers = style.numbers
-        self.ways = stacked(functools.partial(_ways, features, style), inputs, rngs.params())
-
-    def __call__(self, states: Sequence[Array], tokens) -> Array:
-        at, number = tokens[INPUT], self._number(tokens)
-        x = lax.dynamic_index_in_dim(jnp.stack(states), at, 0, keepdims=False)
-        return switched(self.ways, number, x, lambda way, x: way(x), at=at)
-
-    def _number(self, tokens):
-        return jnp.asarray(self.numbers, jnp.int32)[tokens[OP], tokens[PRECISION]]
-
-    def chosen(self, tokens: np.ndarray) -> Choice:
-        """The operand that these tokens make of it, weights as here."""
-        at, op, precision = map(int, tokens)
-        return Choice(at, taken(self.ways[self.numbers[op][precision]], at))
-
-
-def _ways(features: int, style: "Style", rngs: nnx.Rngs) -> nnx.List:
-    return nnx.List([way for op in style.ops for way in style.ways(op, features, rngs)])
-
-
-class Style:
-    """What all cells of a net have in common, checked.
-
-    Attributes:
-      space: The space.
-      ops: Its operations, parsed.
-      numbers: Position of each (op, precision) in the ways of a `Shared`.
-      activation: A function.
-      mix: Spec of the pointwise convolutions that are no operands.
-    """
-
-    def __init__(self, space: Space, activation: str, mix_precision: str):
-        self.space = space
-        self.ops = tuple(map(operations.parse, space.ops))
-        self.activation = parts.activation(activation)
-        numbers, count = [], 0
-        for op in self.ops:
-            step = int(op.has_layers)  # 0: one way serves all precisions
-            numbers.append(tuple(count + step * p for p in range(len(space.precisions))))
-            count = numbers[-1][-1] + 1
-        self.numbers = tuple(numbers)
-        for op in self.ops:
-            for precision in space.precisions:
-                try:
-                    op.spec(precision)
-                except UserError as error:
-                    raise UserError(f"model.precisions: {precision!r}: {error}") from error
-        given = mix_precision or operations.of_dense(space.precisions[0])
-        self.mix = _spec("mix_precision", given)
-
-    def check_shared(self) -> None:
-        """Raises a UserError on what a shared net cannot have."""
-        for op in self.ops:
-            kernel = op.spec("float").kernel
-            if kernel != factorization.DENSE and kernel.lasso:
-                raise UserError(
-                    f"model.ops: kernel='{kernel}' in a shared net, of which the loss has no part "
-                    "for ranks: leave out the lasso"
-                )
-
-    def ways(self, op: operations.Operation, features: int, rngs: nnx.Rngs) -> list[nnx.Module]:
-        return op.ways(features, self.space.precisions, self.activation, rngs)
 
 
 class Projection(nnx.Module):
@@ -234,7 +145,7 @@ class Cell(nnx.Module):
             operands = []
             for operand in range(2):
                 if tokens is None:
-                    operands.append(Shared(number + 2, features, style, rngs))
+                    operands.append(style.operand(number + 2, features, style, rngs))
                 else:
                     at, op, precision = map(int, tokens[number, operand])
                     precision = style.space.precisions[precision]
@@ -249,14 +160,14 @@ class Cell(nnx.Module):
             setattr(self, f"end{number}", nnx.data(end))
         self.end_norm = BatchNorm(features, rngs=rngs)
 
-    def __call__(self, before: Array, x: Array, tokens, unused, drop) -> tuple[Array, Array]:
+    def __call__(self, before: Array, x: Array, tokens, unused, factors) -> tuple[Array, Array]:
         """What the next cell is given: the second input, and the value.
 
         Args:
           before, x: `(N, H, W, C)`.
-          tokens: `(B, 2, 3)`, by node and operand.
-          unused: `(B,)`, the loose ends.
-          drop: What multiplies each sample of each operand, `(B, 2, N)`, or None.
+          tokens: `(B, 2, 3)`, by node and operand; of mixtures `Choices` of arrays `(B, 2, ...)`.
+          unused: `(B,)`, the loose ends, of mixtures how probable each is.
+          factors: What multiplies each sample of each operand, `(B, 2, N or 1)`, or None.
         """
         if self.reduce is not None:
             before, x = x, self.reduce(x)
@@ -267,9 +178,9 @@ class Cell(nnx.Module):
         for number, node in enumerate(self.nodes):
             operands = []
             for operand, module in enumerate((node.x, node.y)):
-                value = module(states, tokens[number, operand])
-                if drop is not None:
-                    value = value * drop[number, operand].astype(value.dtype)[:, None, None, None]
+                value = module(states, _at(tokens, (number, operand)))
+                if factors is not None:
+                    value = _times(value, factors[number, operand][:, None, None, None])
                 operands.append(value)
             states.append(operands[0] + operands[1])
         # A sum in place of one convolution of all loose ends joined: the same, of a fixed form.
@@ -278,8 +189,18 @@ class Cell(nnx.Module):
             end = getattr(self, f"end{number}")
             if end is not None:
                 value = layer_norm_act(operations.activated(state, self.activation, end), end)
-                ends.append(jnp.where(unused[number], value, jnp.zeros_like(value)))
+                ends.append(_times(value, unused[number]))
         return x, self.end_norm(sum(ends[1:], ends[0]))
+
+
+def _times(x: Array, factor: Array) -> Array:
+    """x times a factor of a few numbers, whose gradient is a sum over x: in at least float32."""
+    wide = linear_maps.wide(x.dtype)
+    return (x.astype(wide) * factor.astype(wide)).astype(x.dtype)
+
+
+def _at(tree, place):
+    return jax.tree.map(lambda leaf: leaf[place], tree)
 
 
 class AuxiliaryHead(nnx.Module):
@@ -345,10 +266,19 @@ class Cells(nnx.Module):
         cell, or the last one; 0: none. `layers.collecting("auxiliary")` gets its logits.
       drop_path: 1 - p, the probability with which the last cell leaves an operand that is not the
         identity out for a sample in training; cell i (from 0) of n with (i + 1) / n of that.
+        Of mixtures the whole is left out, as the operand that it is.
       drop_path_steps: Steps over which it grows from 0; 0: it is there from the first one on.
       activation: What stands in for ReLU, a key of `parts.ACTIVATIONS`. Where a layer rounds its
         input, that is its activation.
+      mixes: Whether a shared net is the mixture of all its operations on all states, by the
+        probabilities `choices`, which are uniform at first; see `operands.Mixture`. Each loose end
+        then counts as it is probable.
       rngs: Source of the initial values.
+
+    Attributes:
+      gates: What multiplies operands in the calls that follow, `(2, B, 2)` by cell, node and
+        operand, or None. An array as it is, which checkpoints do not expect: whoever takes a
+        gradient to them sets it on a net that is merged for that call.
     """
 
     def __init__(
@@ -371,10 +301,11 @@ class Cells(nnx.Module):
         drop_path: float = 0.0,
         drop_path_steps: int = 0,
         activation: str = "relu",
+        mixes: bool = False,
         rngs: nnx.Rngs,
     ):
         self.space = Space(nodes, tuple(ops), tuple(precisions), shared_precision)
-        style = Style(self.space, activation, mix_precision)
+        style = Style(self.space, activation, mix_precision, mixes)
         self.places = reduction_places(layers, reductions)
         parts.check_size(image_shape, halvings=len(self.places))
         for field, value, high in (("auxiliary", auxiliary, None), ("drop_path", drop_path, 1)):
@@ -390,15 +321,21 @@ class Cells(nnx.Module):
         self.activation, self.auxiliary = style.activation, float(auxiliary)
         self.drop_path, self.drop_path_steps = float(drop_path), drop_path_steps
         self.deterministic = False
+        if arc and mixes:
+            raise UserError("model.mixes=True: allowed of the shared net alone, arc=''")
         if not arc:
             style.check_shared()
         tokens = self.space.parse(arc) if arc else None
         self.arc = "" if tokens is None else self.space.text(tokens)
-        zeros = jnp.zeros(self.space.shape, jnp.int32)
-        self.architecture = nnx.data(None if arc else Architecture(zeros))
+        self.architecture = self.choices = self.gates = nnx.data(None)
+        if mixes:
+            uniform = self.space.uniform._asdict()
+            self.choices = nnx.Dict({name: Probabilities(x) for name, x in uniform.items()})
+        elif not arc:
+            self.architecture = Architecture(jnp.zeros(self.space.shape, jnp.int32))
         self.seed = self.calls = nnx.data(None)
         channels, features = STEM * parts.scaled(features, width), parts.scaled(features, width)
-        spec = _spec("stem_precision", stem_precision)
+        spec = spec_of("stem_precision", stem_precision)
         self.stem = Conv(
             image_shape[-1],
             channels,
@@ -435,9 +372,16 @@ class Cells(nnx.Module):
             self.calls = Draws(jnp.zeros((), jnp.int32))
 
     @property
-    def tokens(self) -> Array | np.ndarray:
-        """int32 `(2, B, 2, 3)`: the architecture's."""
+    def tokens(self) -> Array | np.ndarray | Choices:
+        """int32 `(2, B, 2, 3)`: the architecture's; `Choices` of a net that mixes."""
+        if self.choices is not None:
+            return Choices(**{name: array[...] for name, array in self.choices.items()})
         return self.space.parse(self.arc) if self.arc else self.architecture[...]
+
+    def choose(self, choices: Choices) -> None:
+        """Sets the probabilities of a net that mixes."""
+        for name, array in choices._asdict().items():
+            self.choices[name][...] = array
 
     def __call__(self, images: Array) -> Array:
         """Images `(N, H, W, C)` to logits `(N, num_classes)`."""
@@ -450,12 +394,16 @@ class Cells(nnx.Module):
     def classified(self, x: Array) -> Array:
         """What the stem gave to logits."""
         tokens = self.tokens
-        unused = self.space.unused(jnp.asarray(tokens))
+        mixes = self.choices is not None
+        unused = tokens.unused if mixes else self.space.unused(jnp.asarray(tokens))
         before, drop = x, self._drop(tokens, len(x))
         for number, cell in enumerate(self.cells):
             kind = int(number in self.places)
-            own = None if drop is None else drop[number]
-            before, x = cell(before, x, tokens[kind], unused[kind], own)
+            factors = None if drop is None else drop[number]
+            if self.gates is not None:
+                gates = self.gates[kind][..., None]
+                factors = gates if factors is None else factors.astype(gates.dtype) * gates
+            before, x = cell(before, x, _at(tokens, kind), unused[kind], factors)
             if self.auxiliary_head is not None and number == self.auxiliary_at:
                 if wanted("auxiliary"):
                     add("auxiliary", self, self.auxiliary_head(x))
@@ -481,6 +429,8 @@ class Cells(nnx.Module):
         shape = (count, self.space.nodes, 2, samples)
         keep = jnp.broadcast_to(keep, shape)
         factor = jnp.where(jax.random.uniform(key, shape, jnp.float32) < keep, 1 / keep, 0.0)
+        if self.choices is not None:  # a mixture is no identity
+            return factor
         stays = [operations.parse(op).name == operations.IDENTITY for op in self.space.ops]
         stays = jnp.asarray(stays)[jnp.asarray(tokens)[..., OP]]
         kinds = jnp.asarray([int(number in self.places) for number in range(count)], jnp.int32)
@@ -490,13 +440,6 @@ class Cells(nnx.Module):
 def _unused(space: Space, tokens: np.ndarray) -> np.ndarray:
     with jax.ensure_compile_time_eval():  # a net is made under jit too
         return np.asarray(space.unused(jnp.asarray(tokens)))
-
-
-def _spec(field: str, precision: str | Precision) -> LayerSpec:
-    try:
-        return LayerSpec(precision=precision)
-    except UserError as error:
-        raise UserError(f"model.{field}: {error}") from error
 
 
 def reduction_places(layers: int, reductions: int = 3) -> tuple[int, ...]:
@@ -530,7 +473,8 @@ def extract(net: Cells, architecture) -> Cells:
     tokens = net.space.check(architecture)
     unused = _unused(net.space, tokens)
     fixed = nnx.clone(net)
-    fixed.arc, fixed.architecture = net.space.text(tokens), nnx.data(None)
+    fixed.arc = net.space.text(tokens)
+    fixed.architecture = fixed.choices = fixed.gates = nnx.data(None)
     for number, cell in enumerate(fixed.cells):
         kind = int(number in fixed.places)
         for index, node in enumerate(cell.nodes):

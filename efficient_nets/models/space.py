@@ -9,6 +9,7 @@ operand and (input, op, precision), so that one compiled step serves all of them
 import dataclasses
 import functools
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,29 @@ from efficient_nets.errors import UserError
 CELLS = ("normal", "reduction")
 INPUT, OP, PRECISION = range(3)  # of the tokens of an operand
 OPS = ("sep3", "sep5", "avg3", "max3", "identity")
+
+
+class Choices(NamedTuple):
+    """A number for each value of each token: logits, probabilities or one-hots.
+
+    Attributes:
+      inputs: `(2, B, 2, B + 2)`, by cell, node and operand. What is not there for a node, itself
+        and all behind it, has the logit -inf and the probability 0.
+      ops: `(2, B, 2, ops)`.
+      precisions: `(2, B, 2, precisions)`; logits of a shared one `(precisions,)`.
+    """
+
+    inputs: Array
+    ops: Array
+    precisions: Array
+
+    @property
+    def unused(self) -> Array:
+        """How probable each node is a loose end: `(2, B)`, exact, as tokens are independent.
+
+        prod (1 - inputs[n]), over the operands of all nodes
+        """
+        return jnp.prod(1 - self.inputs[..., 2:], axis=(1, 2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +95,18 @@ class Space:
         """An architecture, each as probable as any other: int32 of `shape`."""
         found = jax.random.randint(key, self.shape, 0, jnp.asarray(self.choices), jnp.int32)
         return self.canonical(found)
+
+    @property
+    def uniform(self) -> Choices:
+        """The probabilities of `random`: float32."""
+        tokens = self.choices
+        sizes = (self.nodes + 2, len(self.ops), len(self.precisions))
+        return Choices(
+            *(
+                jnp.asarray((np.arange(size) < number) / number, jnp.float32)
+                for size, number in zip(sizes, np.moveaxis(tokens, -1, 0)[..., None], strict=True)
+            )
+        )
 
     def canonical(self, architecture: Array) -> Array:
         """The same, with the first operand's precision at all where precision is shared."""

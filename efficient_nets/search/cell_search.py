@@ -47,6 +47,7 @@ from efficient_nets.checkpoint import Checkpoints
 from efficient_nets.errors import UserError
 from efficient_nets.evaluation import put_resident
 from efficient_nets.experiment import Experiment, TrainState
+from efficient_nets.layers import recalibrate
 from efficient_nets.models.space import Space
 from efficient_nets.preemption import Preemption
 from efficient_nets.search import cell_costs, cell_report, judging, relaxation, rewards, strategies
@@ -85,7 +86,8 @@ class Search:
     """What is static about a search.
 
     Attributes:
-      run: The shared net's experiment.
+      run: The shared net's experiment; of "darts" it is a mixture.
+      judged: The same with one architecture at a time.
       space: Of its architectures.
       strategy: See `strategies.Strategy`.
       cost: Of an architecture.
@@ -95,6 +97,7 @@ class Search:
     """
 
     run: Experiment
+    judged: Experiment
     space: Space
     strategy: Any
     cost: ArchitectureCost
@@ -121,6 +124,14 @@ class Search:
         """Random numbers of a step, other ones than those that training augments with."""
         key = jax.random.fold_in(jax.random.key(self.run.config.seed), stream)
         return jax.random.fold_in(jax.random.fold_in(key, step), number)
+
+    def of_one(self, weights: TrainState) -> TrainState:
+        """The weights as those of `judged`, with any architecture."""
+        if self.run is self.judged:
+            return weights
+        stats = {name: arrays for name, arrays in weights.stats.items() if name != "choices"}
+        stats["architecture"] = jnp.zeros(self.space.shape, jnp.int32)
+        return weights._replace(stats=stats)
 
     def is_phase(self, step: int) -> bool:
         """Whether the strategy learns behind that step."""
@@ -229,18 +240,24 @@ def prepare(config: ConfigDict, dataset: data.Dataset) -> Search:
     options = config.search
     space = space_of(config)
     strategy = strategies.make(options.strategy, space, options[options.strategy])
-    run = experiment.build(config, dataset)
+    judged = experiment.build(config, dataset)
+    run = judged
+    if is_gradient(strategy) and strategy.mixes:
+        of_mixture = config.copy_and_resolve_references()
+        of_mixture.model.mixes = True
+        run = dataclasses.replace(experiment.build(of_mixture, dataset), config=config)
     sharding.check_batch("search.batch_size", options.batch_size, run.mesh)
     if options.batch_size > len(dataset.validation):
         raise UserError(
             f"search.batch_size={options.batch_size}: the validation split has only "
             f"{len(dataset.validation)} images"
         )
-    table = options.latency and cell_costs.read("search.latency", pathlib.Path(options.latency))
-    cost = cell_costs.architecture_cost(config, options.cost, table or None)
-    mean_cost = float(cost.of(relaxation.uniform(space)))
+    table = cell_costs.read(options.latency) if options.latency else None
+    cost = cell_costs.architecture_cost(config, options.cost, table)
+    mean_cost = float(cost.of(space.uniform))
     interval = options.interval or (1 if is_gradient(strategy) else run.epoch_steps)
-    return Search(run, space, strategy, cost, mean_cost, options.target or mean_cost, interval)
+    target = options.target or mean_cost
+    return Search(run, judged, space, strategy, cost, mean_cost, target, interval)
 
 
 def space_of(config: ConfigDict) -> Space:
@@ -272,7 +289,7 @@ def _loop(search: Search, state: SearchState, meta: dict, checkpoints, reporter)
     weights_fn = jax.jit(
         functools.partial(weight_steps, search), static_argnames="count", donate_argnums=0
     )
-    learner, judge = Learner(search, step), judging.Judge(run, options.norm_batches)
+    learner, judge = Learner(search, step), judging.Judge(search.judged, options.norm_batches)
     log = cell_report.Log(search, reporter, meta)
     size, every = config.train.batch_size, config.log.every_steps
     meter = reporting.Meter(meta, reporter, size, every, log.training_line)
@@ -322,8 +339,9 @@ class Learner:
         everywhere = dict(out_shardings=sharding.replicated(run.mesh))
         # Three programs, as the one in the middle, which is the net, is for what is shown too.
         self._propose = jax.jit(functools.partial(propose, search), **everywhere)
-        self._measure = jax.jit(functools.partial(judging.accuracies, run), **everywhere)
+        self._measure = jax.jit(functools.partial(judging.accuracies, search.judged), **everywhere)
         self._tell = jax.jit(functools.partial(tell, search), **everywhere)
+        self._descend = jax.jit(functools.partial(descend, search), **everywhere)
         self._batches = data.train_batches(
             run.dataset.validation,
             size,
@@ -334,12 +352,16 @@ class Learner:
 
     def __call__(self, state: SearchState) -> tuple[Any, list[dict]]:
         """The strategy behind a phase, and metrics of each update, on the devices."""
-        mesh, strategy, learned = self.search.run.mesh, state.strategy, []
+        mesh, (weights, strategy), learned = self.search.run.mesh, state, []
+        if is_gradient(self.search.strategy):
+            batch = sharding.put_batch(next(self._batches), mesh)
+            strategy, metrics = self._descend(weights, strategy, batch, self._resident)
+            return strategy, [metrics]
         hidden, updates = jax.process_index() > 0, self.search.updates
         for number in tqdm(range(updates), "updates", leave=False, delay=5, disable=hidden):
             batch = sharding.put_batch(next(self._batches), mesh)
-            architectures = self._propose(strategy, state.weights.step, np.int32(number))
-            accuracies = self._measure(state.weights, architectures, batch, self._resident)
+            architectures = self._propose(strategy, weights.step, np.int32(number))
+            accuracies = self._measure(weights, architectures, batch, self._resident)
             strategy, metrics = self._tell(strategy, architectures, accuracies)
             learned.append(metrics)
         return strategy, learned
@@ -358,11 +380,11 @@ class Learner:
             )
         ) as batches:
             batch = sharding.put_batch(next(batches), run.mesh)
-        found = []
+        found, weights = [], self.search.of_one(state.weights)
         for start in range(0, len(architectures), each):  # as many at once as in an update
             some = np.resize(architectures[start:][:each], (each, *architectures.shape[1:]))
             some = sharding.put_replicated(some, run.mesh)
-            found.append(np.asarray(self._measure(state.weights, some, batch, self._resident)))
+            found.append(np.asarray(self._measure(weights, some, batch, self._resident)))
         return np.concatenate(found)[: len(architectures)]
 
     def close(self) -> None:
@@ -390,7 +412,10 @@ def weight_steps(search: Search, weights: TrainState, strategy, batch, resident,
 def _proposed(search: Search, weights: TrainState, strategy, key: Array) -> TrainState:
     """The weights' state under what the strategy proposes."""
     model = nnx.merge(search.run.graph, weights.params, weights.stats)
-    model.architecture[...] = search.strategy.propose(strategy, key, 1)[0]
+    if search.run is search.judged:
+        model.architecture[...] = search.strategy.propose(strategy, key, 1)[0]
+    else:
+        model.choose(search.strategy.probabilities(strategy))
     return weights._replace(stats=nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param))))
 
 
@@ -406,6 +431,40 @@ def tell(search: Search, strategy, architectures: Array, accuracies: Array) -> t
     told = search.rewards(accuracies, costs)
     strategy, metrics = search.strategy.update(strategy, architectures, told)
     return strategy, metrics | {"accuracy": accuracies.mean(), "cost": costs.mean()}
+
+
+def descend(search: Search, weights: TrainState, strategy, batch, resident) -> tuple[Any, dict]:
+    """A step of the strategy's logits, with weights, statistics and ranges as they are. Pure.
+
+    Down the gradient of the loss `+ search.cost_weight * cost / target` of a validation batch.
+
+    Returns:
+      The strategy's new state, and metrics.
+    """
+    run, options = search.run, search.run.config.search
+    batch = data.gather(resident, batch)
+    images = data.normalise(batch["image"], run.dataset.info)
+    key = search.key(weights.step, OF_UPDATES)
+    progress = weights.step.astype(jnp.float32) / run.total_steps
+
+    def loss_fn(logits):
+        model = nnx.merge(run.graph, weights.params, weights.stats)
+        recalibrate.by_batch(model)  # what moves is dropped
+        choices, tokens = search.strategy.relaxed(logits, key, progress)
+        if tokens is None:
+            model.choose(choices)
+        else:
+            model.architecture[...] = tokens
+            model.gates = nnx.data(relaxation.gates(choices, tokens))
+        logits = model(images)
+        loss, cost = run.task.label_loss(logits, batch["label"]), search.cost.of(choices)
+        hits = jnp.argmax(logits, axis=-1) == batch["label"]
+        metrics = {"loss": loss, "accuracy": jnp.mean(hits.astype(jnp.float32)), "cost": cost}
+        return loss + options.cost_weight * cost / search.target, metrics
+
+    gradient, metrics = jax.grad(loss_fn, has_aux=True)(strategy.logits)
+    strategy, learned = search.strategy.descend(strategy, gradient)
+    return strategy, metrics | learned
 
 
 def candidates(search: Search, state: SearchState, stream: int, number: int) -> np.ndarray:
@@ -425,7 +484,8 @@ def shown(search: Search, state: SearchState, learner: Learner, judge: judging.J
     architectures = candidates(search, state, OF_SHOWN, search.run.config.search.shown)
     accuracies = learner.measured(state, architectures)
     best = architectures[accuracies.argmax()]
-    return architectures, accuracies, judge(state.weights, best, ("validation", "test"))
+    scores = judge(search.of_one(state.weights), best, ("validation", "test"))
+    return architectures, accuracies, scores
 
 
 def found(search: Search, state: SearchState, meta: dict) -> dict[str, Any]:
@@ -434,12 +494,13 @@ def found(search: Search, state: SearchState, meta: dict) -> dict[str, Any]:
     The test split is looked at for the best alone.
     """
     config, space = search.run.config, search.space
-    judge = judging.Judge(search.run, config.search.norm_batches)
+    judge = judging.Judge(search.judged, config.search.norm_batches)
+    weights = search.of_one(state.weights)
     finalists = candidates(search, state, OF_FINALISTS, config.search.finalists)
     costs = np.asarray(search.costs(jnp.asarray(finalists)))
     hidden, scores = jax.process_index() > 0, []
     for tokens in tqdm(finalists, "finalists", leave=False, delay=5, disable=hidden):
-        scores.append(judge(state.weights, tokens))
+        scores.append(judge(weights, tokens))
     accuracies = np.array([score["validation/accuracy"] for score in scores])
     told = np.asarray(search.rewards(jnp.asarray(accuracies, jnp.float32), jnp.asarray(costs)))
     best = int((accuracies if told.ndim > 1 else told).argmax())
@@ -451,7 +512,7 @@ def found(search: Search, state: SearchState, meta: dict) -> dict[str, Any]:
         "ops": list(space.ops),
         "precisions": list(space.precisions),
         "strategy": config.search.strategy,
-        **judge(state.weights, finalists[best], ("validation", "test")),
+        **judge(weights, finalists[best], ("validation", "test")),
         "cost": config.search.cost,
         "target": search.target,
         "finalists": [
@@ -460,7 +521,7 @@ def found(search: Search, state: SearchState, meta: dict) -> dict[str, Any]:
                 "validation/accuracy": float(accuracies[index]),
                 "cost": float(costs[index]),
                 "on_front": bool(front[index]),
-                "chosen": index == best,
+                "chosen": bool(index == best),
             }
             for index in order
         ],

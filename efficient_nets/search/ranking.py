@@ -40,10 +40,9 @@ def rank(config: ConfigDict, workdir: pathlib.Path, folder: pathlib.Path) -> dic
     configs.check(config)
     cell_search.check(config)
     search = cell_search.prepare(config, data.load(config.data))
-    run = search.judged
-    like = {"params": run.abstract.params, "stats": run.abstract.stats}
-    net, _ = workdirs.restore_net(folder, like)
-    state = run.abstract._replace(**net, ema={})
+    run, trained = search.judged, search.run.abstract
+    net, _ = workdirs.restore_net(folder, {"params": trained.params, "stats": trained.stats})
+    state = search.of_one(trained._replace(**net, ema={}))
     key = jax.random.key(config.seed)
     architectures = np.asarray(evolution.randoms(search.space, key, config.search.ranked))
     judge = judging.Judge(run, config.search.norm_batches)

@@ -16,29 +16,13 @@ derived is.
 """
 
 import dataclasses
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from efficient_nets.errors import UserError
-from efficient_nets.models.space import INPUT, OP, PRECISION, Space
-
-
-class Choices(NamedTuple):
-    """A number for each value of each token: logits, probabilities or one-hots.
-
-    Attributes:
-      inputs: `(2, B, 2, B + 2)`, by cell, node and operand. What is not there for a node, itself
-        and all behind it, has the logit -inf and the probability 0.
-      ops: `(2, B, 2, ops)`.
-      precisions: `(2, B, 2, precisions)`; logits of a shared one `(precisions,)`.
-    """
-
-    inputs: Array
-    ops: Array
-    precisions: Array
+from efficient_nets.models.space import INPUT, OP, PRECISION, Choices, Space
 
 
 def one_hots(space: Space, architecture: Array, dtype=jnp.float32) -> Choices:
@@ -50,12 +34,6 @@ def one_hots(space: Space, architecture: Array, dtype=jnp.float32) -> Choices:
             for field, size in zip((INPUT, OP, PRECISION), sizes, strict=True)
         )
     )
-
-
-def uniform(space: Space) -> Choices:
-    """Probabilities where all values of a token are as probable: of an average architecture."""
-    relaxation = Relaxation(space, noise=0.0)
-    return relaxation.probabilities(relaxation.init(jax.random.key(0)))
 
 
 def most_probable(choices: Choices) -> Array:

@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 
 from efficient_nets.errors import UserError
-from efficient_nets.search.relaxation import Choices
+from efficient_nets.models.space import Choices
 
 HARD = (0.0, -1.0)  # exponents below and above the target: a bound, above which it costs dearly
 SOFT = (-0.07, -0.07)  # twice the cost for 5% more accuracy
@@ -77,8 +77,7 @@ class ArchitectureCost(NamedTuple):
         sizes = [each.shape[-1] for each in choices]
         table = jnp.broadcast_to(self.table, (*choices.ops.shape[:-1], *sizes))
         operands = jnp.einsum("cnoi,cnok,cnop,cnoikp->", *choices, table)
-        unread = jnp.prod(1 - choices.inputs[..., 2:], axis=(1, 2))
-        return self.constant + operands + jnp.sum(self.ends * unread)
+        return self.constant + operands + jnp.sum(self.ends * choices.unused)
 
 
 def cost_of_layers(

@@ -11,8 +11,8 @@ from flax import nnx
 from efficient_nets import layers, models, paths
 from efficient_nets.errors import UserError
 from efficient_nets.layers import recalibrate
-from efficient_nets.models import cells, operations
-from efficient_nets.models.space import Space
+from efficient_nets.models import cells, operands, operations
+from efficient_nets.models.space import Choices, Space
 
 TINY = dict(image_shape=(8, 8, 3), num_classes=3, nodes=2, layers=1, features=2)
 FEW = dict(layers=0, ops=("sep3", "max3", "identity"), precisions=("ternarize", "float"))
@@ -33,8 +33,12 @@ def shapes(**options):
 
 
 def arrays(**options):
+    return filled(shapes(**options))
+
+
+def filled(net):
     """A net with values from NumPy, in float64: compiling JAX's draws takes longer than a test."""
-    graph, state = nnx.split(shapes(**options))
+    graph, state = nnx.split(net)
     draws = np.random.default_rng(0)
 
     def value(name, x):
@@ -177,6 +181,154 @@ def test_the_shared_net_is_the_fixed_net_of_its_architecture(shared, shared_run,
     assert len(others) == 3 and len(traces) == 1
 
 
+def test_a_mixture_is_the_sum_of_what_a_shared_operand_can_be():
+    space = Space(1, FEW["ops"], FEW["precisions"])
+    rng = np.random.default_rng(1)
+    weights, states = rng.normal(0, 1, (4, 4, 4, 2)), jnp.asarray(rng.normal(0, 1, (2, 4, 4, 4, 2)))
+
+    def runner(mixes):
+        style = operands.Style(space, "relu", "", mixes)
+        operand = filled(nnx.eval_shape(lambda: style.operand(2, 2, style, nnx.Rngs(0))))
+        graph, params, others = nnx.split(operand, nnx.Param, ...)
+
+        def value(params, said):
+            operand = nnx.merge(graph, params, others, copy=True)
+            y = operand(list(states), said)
+            return jnp.sum(weights * y), (y, nnx.state(operand, nnx.Not(nnx.Param)))
+
+        arguments = (0, 1) if mixes else 0
+        grad = jax.jit(jax.grad(value, argnums=arguments, has_aux=True))
+        return lambda said: grad(params, said), nnx.to_pure_dict(others)
+
+    choices = Choices(np.array([0.3, 0.7, 0]), np.array([0.2, 0.5, 0.3]), np.array([0.6, 0.4]))
+    mixture, before = runner(True)
+    (gradient, of_choices), (y, behind) = mixture(jax.tree.map(jnp.asarray, choices))
+    one, _ = runner(False)
+    total, summed, by_choice = (
+        0,
+        jax.tree.map(np.zeros_like, gradient),
+        jax.tree.map(np.zeros_like, choices),
+    )
+    for at, op, precision in np.ndindex(2, 3, 2):
+        found, (value, _) = one(jnp.array([at, op, precision], jnp.int32))
+        p = choices.inputs[at] * choices.ops[op] * choices.precisions[precision]
+        total += p * value
+        summed = jax.tree.map(lambda a, b, p=p: a + p * b, summed, found)
+        for each, of, token in zip(by_choice, choices, (at, op, precision), strict=True):
+            each[token] += p / of[token] * np.sum(weights * value)
+    # float64 rounding.
+    np.testing.assert_allclose(y, total, rtol=1e-9, atol=1e-9)
+    for found, expected in ((gradient, summed), (of_choices, by_choice)):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-8), found, expected
+        )
+    # Every running average moves, at every input.
+    before, behind = map(paths.named_leaves, (before, nnx.to_pure_dict(behind)))
+    for path, leaf in behind.items():
+        if path.endswith(("/mean", "/var")):
+            assert np.all(np.any(leaf != before[path], axis=-1)), path
+
+
+def test_loose_ends_of_a_mixture_count_as_they_are_probable():
+    """With identities alone states are sums of inputs, and the value is a formula."""
+    style = operands.Style(Space(2, ("identity",)), "relu", "", mixes=True)
+    cell = filled(
+        nnx.eval_shape(
+            lambda: cells.Cell([(2, 0)] * 2, 2, style, None, None, reduces=False, rngs=nnx.Rngs(0))
+        )
+    )
+    rng = np.random.default_rng(1)
+    x = rng.normal(0, 1, (2, 4, 4, 4, 2))
+    inputs = np.zeros((2, 2, 4))
+    inputs[0, :, :2], inputs[1, :, :3] = rng.dirichlet(np.ones(2), 2), rng.dirichlet(np.ones(3), 2)
+    choices = Choices(inputs, np.ones((2, 2, 1)), np.ones((2, 2, 1)))
+    states = [*x]
+    for number in range(2):
+        states.append(np.einsum("oi,i...->...", inputs[number, :, : number + 2], states))
+    shares = [(1 - inputs[1, 0, 2]) * (1 - inputs[1, 1, 2]), 1]
+    ends = [
+        share * np.maximum(state, 0) @ end.w.kernel[...]
+        for share, state, end in zip(shares, states[2:], (cell.end0, cell.end1), strict=True)
+    ]
+    expected = cell.end_norm(jnp.asarray(sum(ends)))
+    whole = Choices(*(np.stack([each, each]) for each in choices))
+    unused = np.asarray(whole.unused)
+    np.testing.assert_allclose(unused, [shares, shares], rtol=1e-12)
+    _, found = cell(
+        *jnp.asarray(x), jax.tree.map(jnp.asarray, choices), jnp.asarray(unused[0]), None
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)  # float64 rounding
+
+
+def test_gates_scale_operands(images):
+    """Their gradient is that of the loss to an operand's scale: central differences."""
+    arc = "0 1 1 0 2 0 0 1 1 0 0 1 2 1 2 0"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cells, "reduction_places", lambda layers, reductions: (1,))
+        net = arrays(arc=arc, layers=0, ops=("avg3", "identity"))
+    graph, state = nnx.split(net)
+
+    @jax.jit
+    @jax.value_and_grad
+    def of(gates):
+        net = nnx.merge(graph, state, copy=True)
+        net.gates = nnx.data(gates)
+        return jnp.sum(jnp.sin(net(images)))
+
+    ones = jnp.ones((2, 2, 2))
+    value, gradient = of(ones)
+    assert float(value) == pytest.approx(
+        float(jnp.sum(jnp.sin(jax.jit(lambda x: nnx.merge(graph, state, copy=True)(x))(images)))),
+        rel=1e-12,
+    )
+    for place in np.ndindex(2, 2, 2):
+        step = 1e-5
+        high, low = (float(of(ones.at[place].add(sign * step))[0]) for sign in (1, -1))
+        # The third derivative times step^2, and rounding over step.
+        assert float(gradient[place]) == pytest.approx(
+            (high - low) / (2 * step), rel=1e-5, abs=1e-7
+        )
+    assert np.all(np.abs(gradient) > 1e-4)
+
+
+def choices_of(net, tokens):
+    """One-hots, in float64 as all else here."""
+    sizes = (net.space.nodes + 2, len(net.space.ops), len(net.space.precisions))
+    return Choices(*(jnp.eye(size)[tokens[..., field]] for field, size in enumerate(sizes)))
+
+
+@pytest.mark.slow
+def test_a_mixture_of_one_hots_is_the_shared_net_of_their_architecture(shared, shared_run, images):
+    tokens = architectures(shared.space)["mixed"]
+    net = two_cells(shapes, arc="", mixes=True)
+    graph, params, others = nnx.split(net, nnx.Param, ...)
+    given, rest = (
+        nnx.to_pure_dict(nnx.state(shared, kind)) for kind in (nnx.Param, nnx.Not(nnx.Param))
+    )
+    given, rest = jax.tree.map(jnp.array, (given, rest))
+    del rest["architecture"]
+    nnx.replace_by_pure_dict(params, given)
+    rest["choices"] = choices_of(net, tokens)._asdict()
+    nnx.replace_by_pure_dict(others, rest)
+    net = nnx.merge(graph, params, others)
+    logits, behind, gradient = value_and_gradient(net)[0](images)
+    expected, _, own = shared_run[0](images, tokens)
+    extracted = (nnx.split(cells.extract(each, tokens)) for each in (net, shared))
+    jax.tree.map(np.testing.assert_array_equal, *extracted)
+    # float64 rounding, as above; what is not chosen is multiplied with 0.
+    close = dict(rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(logits, expected, **close)
+    own = paths.named_leaves(own)
+    for path, leaf in paths.named_leaves(gradient).items():
+        np.testing.assert_allclose(leaf, own.pop(path), err_msg=path, **close)
+    assert not own
+    # Every running average of every operand moves, at every input.
+    before = paths.named_leaves(rest)
+    for path, leaf in paths.named_leaves(behind).items():
+        if path.endswith(("/mean", "/var")):
+            assert not np.any(np.all(leaf == before[path], axis=-1)), path
+
+
 def test_an_extracted_net_is_one_that_was_made(shared):
     tokens = architectures(shared.space)["mixed"]
     fixed = cells.extract(shared, tokens)
@@ -239,8 +391,8 @@ def test_parameters_are_counted():
     # The third cell reads what the second one reduced, which has its shape.
     assert count(net) == total
     # A shared operand has all operations for each input; precisions share kernels and norms.
-    style = cells.Style(Space(precisions=("float", "binarize")), "relu", "")
-    operand = nnx.eval_shape(lambda: cells.Shared(3, f, style, nnx.Rngs(0)))
+    style = operands.Style(Space(precisions=("float", "binarize")), "relu", "")
+    operand = nnx.eval_shape(lambda: operands.Shared(3, f, style, nnx.Rngs(0)))
     assert count(operand) == 3 * (separable(f, 3) + separable(f, 5))
 
 
@@ -257,7 +409,7 @@ def test_reductions_are_where_the_source_has_them():
 
 
 def test_a_factorized_reduction_is_its_formula():
-    style = cells.Style(Space(), "relu", "float")
+    style = operands.Style(Space(), "relu", "float")
     net = cells.FactorizedReduction(2, 4, style, activates=True, rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).normal(0, 1, (2, 5, 4, 2))
     positive = np.maximum(x, 0)
@@ -304,8 +456,8 @@ def test_operations_have_every_axis():
     assert separable.pointwise1.spec == dataclasses.replace(
         separable.depthwise1.spec, precision="w=lsq:4"
     )
-    style = cells.Style(Space(1, ops, ("lsq:w4a4", "float")), "relu", "")
-    operand = nnx.eval_shape(lambda: cells.Shared(2, 8, style, nnx.Rngs(0)))
+    style = operands.Style(Space(1, ops, ("lsq:w4a4", "float")), "relu", "")
+    operand = nnx.eval_shape(lambda: operands.Shared(2, 8, style, nnx.Rngs(0)))
     assert operand.numbers == ((0, 1), (2, 3), (4, 5), (6, 7))
     cores = operand.ways[5].conv.w.kernel.variables
     assert all(core.shape[0] == 2 for core in cores.values())
@@ -371,6 +523,7 @@ def test_the_auxiliary_head_is_for_those_who_collect_it():
         (dict(drop_path=1.0), r"model\.drop_path=1\.0: must be 0 or more, below 1"),
         (dict(auxiliary=-1.0), r"model\.auxiliary=-1\.0: must be 0 or more"),
         (dict(drop_path_steps=-1), r"model\.drop_path_steps=-1: must be at least 0"),
+        (dict(arc="0 1 " * 8, mixes=True), r"model\.mixes=True: allowed of the shared net alone"),
         (dict(features=0), r"model\.features=0: must be at least 1"),
         (dict(layers=4, image_shape=(7, 8, 3)), r"halves images 3 times"),
     ],

@@ -75,3 +75,11 @@ def test_loose_ends_are_what_no_node_reads():
     np.testing.assert_array_equal(
         np.asarray(space.unused(found)), [[False, True, True], [True, True, True]]
     )
+
+
+def test_uniform_probabilities_are_those_of_a_random_architecture():
+    for values, number in zip(SMALL.uniform, np.moveaxis(SMALL.choices, -1, 0), strict=True):
+        assert values.dtype == np.float32
+        for place, count in np.ndenumerate(number):
+            expected = [1 / count] * count + [0] * (values.shape[-1] - count)
+            np.testing.assert_allclose(values[place], expected, rtol=1e-6)

@@ -14,7 +14,7 @@ from efficient_nets import data, sharding
 from efficient_nets import train as training
 from efficient_nets.errors import UserError
 from efficient_nets.models import cells
-from efficient_nets.search import cell_search, judging, ranking, relaxation
+from efficient_nets.search import cell_search, judging, ranking
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
