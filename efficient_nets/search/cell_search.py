@@ -245,7 +245,7 @@ def prepare(config: ConfigDict, dataset: data.Dataset) -> Search:
     if is_gradient(strategy) and strategy.mixes:
         of_mixture = config.copy_and_resolve_references()
         of_mixture.model.mixes = True
-        run = dataclasses.replace(experiment.build(of_mixture, dataset), config=config)
+        run = experiment.build(of_mixture, dataset)
     sharding.check_batch("search.batch_size", options.batch_size, run.mesh)
     if options.batch_size > len(dataset.validation):
         raise UserError(
@@ -456,9 +456,9 @@ def descend(search: Search, weights: TrainState, strategy, batch, resident) -> t
         else:
             model.architecture[...] = tokens
             model.gates = nnx.data(relaxation.gates(choices, tokens))
-        logits = model(images)
-        loss, cost = run.task.label_loss(logits, batch["label"]), search.cost.of(choices)
-        hits = jnp.argmax(logits, axis=-1) == batch["label"]
+        found, labels = model(images), batch["label"]
+        loss, cost = run.task.label_loss(found, labels), search.cost.of(choices)
+        hits = jnp.argmax(found, axis=-1) == labels
         metrics = {"loss": loss, "accuracy": jnp.mean(hits.astype(jnp.float32)), "cost": cost}
         return loss + options.cost_weight * cost / search.target, metrics
 
@@ -493,7 +493,7 @@ def found(search: Search, state: SearchState, meta: dict) -> dict[str, Any]:
 
     The test split is looked at for the best alone.
     """
-    config, space = search.run.config, search.space
+    config, space = search.judged.config, search.space
     judge = judging.Judge(search.judged, config.search.norm_batches)
     weights = search.of_one(state.weights)
     finalists = candidates(search, state, OF_FINALISTS, config.search.finalists)
