@@ -6,6 +6,7 @@ rewards of what they proposed, "darts" and "gumbel" the gradient of a loss.
 """
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -93,9 +94,8 @@ def options() -> dict[str, dict[str, Any]]:
 
 
 def make(name: str, space: Space, given: Mapping[str, Any]) -> Strategy:
-    """A strategy of `options`, where 0 stands for None wherever None is the default."""
-    strategy = STRATEGIES[name]
-    none = {field.name for field in dataclasses.fields(strategy) if field.default is None}
-    return strategy(
-        space, **{key: None if key in none and not value else value for key, value in given.items()}
-    )
+    """A strategy of `options`, where 0 stands for None wherever None is allowed."""
+    types = {field.name: field.type for field in dataclasses.fields(STRATEGIES[name])}
+    none = {key for key, kind in types.items() if type(None) in typing.get_args(kind)}
+    found = {key: None if key in none and not value else value for key, value in given.items()}
+    return STRATEGIES[name](space, **found)
