@@ -40,6 +40,7 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run, else runs/NAME[-ARGUMENT].")
 MODES = ["train", "eval", "summary", "analyze", "sensitivity", "search", "latency", "deploy"]
 MODES += ["decompose", "prune", "rank"]
+OF_SEARCH = ("train", "search", "rank", "latency", "summary")  # what config.search is for
 MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "", "eval, analyze, deploy, prune, rank: the workdir to restore from."
@@ -67,6 +68,11 @@ def _run(config, workdir: pathlib.Path) -> None:
     configs.check(config)
     if MODE.value == "train" and config.mixed != configs.defaults().mixed:
         raise UserError("mixed: only --mode=sensitivity heeds it; train the config that it writes")
+    if config.search.strategy and MODE.value not in OF_SEARCH:
+        raise UserError(
+            f"search.strategy={config.search.strategy!r}: --mode is one of {', '.join(OF_SEARCH)}; "
+            "built_config.py in a search's workdir is the config of the net that it found"
+        )
     if MODE.value == "train" and config.winas != configs.defaults().winas:
         raise UserError(
             "winas: only --mode=search and --mode=latency heed it; train the config that a search "
@@ -91,6 +97,8 @@ def _run(config, workdir: pathlib.Path) -> None:
         decompose.build(config, workdir)
     elif MODE.value == "prune":
         prune.build(config, workdir, folder, STEP.value, THRESHOLD.value)
+    elif MODE.value == "latency" and config.search.strategy:
+        cell_search.measure(config, workdir)
     elif MODE.value == "latency":
         latency.measure(config, workdir)
     elif MODE.value == "deploy":

@@ -16,6 +16,8 @@ import pytest
 from efficient_nets import data, evaluation, experiment, sharding, workdirs
 from efficient_nets import train as training
 from efficient_nets.analysis import history
+from efficient_nets.search import cell_search
+from tests import tiny_search
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = "tests/tiny_config.py"
@@ -24,7 +26,7 @@ CONFIG = "tests/tiny_config.py"
 class Pair:
     """Two processes of one run, which meet at a free port of this machine."""
 
-    def __init__(self, *arguments, devices):
+    def __init__(self, *arguments, devices, config=CONFIG):
         with socket.create_server(("localhost", 0)) as server:
             address = f"localhost:{server.getsockname()[1]}"
         xla = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
@@ -37,7 +39,7 @@ class Pair:
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
         self.processes = [
             subprocess.Popen(
-                [*command, f"--config={CONFIG}", *arguments],
+                [*command, f"--config={config}", *arguments],
                 env=env | {"JAX_PROCESS_ID": str(number)},
                 **pipes,
             )
@@ -118,6 +120,24 @@ def test_two_processes_train_as_one_does(tmp_path, devices, fsdp):
         # The net's rounding, as above.
         np.testing.assert_allclose(head.edges, other.edges, rtol=2e-2, atol=2e-2)
     assert names(two) == names(one) and names(two / "checkpoints") == ["10", "5"]
+
+
+@pytest.mark.slow
+def test_two_processes_search_as_one_does(tmp_path):
+    """Each device measures its own architectures, and every process is told all rewards."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    pair = Pair(f"--workdir={two}", devices=4, config="tests/tiny_search.py")
+    expected = cell_search.build(tiny_search.get_config(), one)
+    first, second = pair.finish()
+    report = json.loads((two / "result.json").read_text())
+    assert report["arc"] == expected["arc"]
+    for record, other in zip(report["history"], expected["history"], strict=True):
+        assert record["arc"] == other["arc"]
+        for name in record.keys() - {"arc"}:
+            # Sums over the batch in another order, float32, six steps.
+            np.testing.assert_allclose(record[name], other[name], rtol=2e-3, atol=1e-3)
+    assert "Here are" in first
+    assert not [line for line in second.splitlines() if not line.startswith("[Gloo]")]
 
 
 def names(folder):

@@ -50,7 +50,15 @@ from efficient_nets.experiment import Experiment, TrainState
 from efficient_nets.layers import recalibrate
 from efficient_nets.models.space import Space
 from efficient_nets.preemption import Preemption
-from efficient_nets.search import cell_costs, cell_report, judging, relaxation, rewards, strategies
+from efficient_nets.search import (
+    cell_costs,
+    cell_report,
+    judging,
+    latency,
+    relaxation,
+    rewards,
+    strategies,
+)
 from efficient_nets.search.rewards import ArchitectureCost
 
 NET = "cells"
@@ -192,6 +200,24 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     return report
 
 
+def measure(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+    """`--mode=latency`: the table that `search.latency` names for `search.cost='latency'`.
+
+    Returns:
+      What latency.json holds, see `cell_costs.measure_cells`.
+
+    Raises:
+      UserError: on a config that does not fit.
+    """
+    configs.check(config)
+    check(config)
+    workdirs.claim(workdir, config)
+    options = config.search
+    table = cell_costs.measure_cells(config, options.latency_batch_size, options.latency_repeats)
+    latency.write(table, workdir)
+    return table
+
+
 def check(config: ConfigDict) -> None:
     """Raises a UserError on a config of which there is no search."""
     options = config.search
@@ -223,6 +249,8 @@ def check(config: ConfigDict) -> None:
                 f"search.{field}={options[field]!r}: search.strategy={options.strategy!r} does not "
                 "heed it"
             )
+    if options.latency and options.cost != cell_costs.LATENCY:
+        raise UserError(f"search.latency={options.latency!r}: it is for search.cost='latency'")
     for field, given in (
         ("train.ema", config.train.ema),
         ("teacher.checkpoint", config.teacher.checkpoint),
@@ -475,7 +503,9 @@ def candidates(search: Search, state: SearchState, stream: int, number: int) -> 
     strategy, key = search.strategy, search.key(state.weights.step, stream)
     known = search.phases(int(state.weights.step)) > 0
     give = strategy.finalists if known else strategy.propose
-    found = np.asarray(jax.jit(give, static_argnums=2)(state.strategy, key, number))
+    everywhere = sharding.replicated(search.run.mesh)
+    give = jax.jit(give, static_argnums=2, out_shardings=everywhere)
+    found = np.asarray(give(state.strategy, key, number))
     return found[sorted(np.unique(found, axis=0, return_index=True)[1])]
 
 

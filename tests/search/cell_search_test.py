@@ -10,39 +10,19 @@ import pytest
 from flax import nnx
 
 from efficient_nets import config as configs
-from efficient_nets import data, sharding
+from efficient_nets import data, reporting, sharding
 from efficient_nets import train as training
 from efficient_nets.errors import UserError
 from efficient_nets.models import cells
-from efficient_nets.search import cell_search, judging, ranking
+from efficient_nets.search import cell_report, cell_search, judging, ranking
+from tests import tiny_search
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 
 def tiny_config(strategy="enas", **fields):
-    config = configs.defaults()
-    config.model = configs.model(
-        "cells",
-        arc="",
-        nodes=1,
-        layers=1,
-        features=4,
-        reductions=2,
-        ops=("conv1", "max3", "identity"),
-        precisions=("ternarize", "float"),
-    )
-    config.data.name = "digits"
-    config.data.train, config.data.validation = "train[:96]", "train[96:196]"
-    config.data.test = "test[:40]"
-    config.optimizer.learning_rate = 0.05
-    config.train.epochs, config.train.batch_size = 2.0, 32
-    config.evaluate.batch_size = 64
-    config.calibration.batch_size = 32
-    config.log.every_steps, config.log.tensorboard = 2, False
-    config.search.strategy = strategy
-    config.search.update(
-        dict(updates=2, proposals=8, batch_size=64, shown=3, finalists=4, norm_batches=2) | fields
-    )
+    config = tiny_search.get_config(strategy)
+    config.search.update(fields)
     return config
 
 
@@ -90,10 +70,32 @@ def test_every_architecture_has_one_program(whole):
     assert sorted(whole[2]) == ["accuracies", "tell", "weight_steps"]
 
 
-def test_an_evaluation_prints_what_the_source_does(whole, capsys):
-    _, report, _ = whole
+def test_an_evaluation_tells_what_the_source_does(whole):
+    workdir, report, _ = whole
     assert [record["step"] for record in report["history"]] == [3, 6]
-    assert {"strategy/baseline", "strategy/entropy", "test/accuracy"} <= report["history"][0].keys()
+    of_both = {"strategy/baseline", "strategy/entropy", "shown_accuracy", "test/accuracy"}
+    assert of_both <= report["history"][0].keys()
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert of_both <= next(line for line in lines if line["step"] == 3).keys()
+    assert {"train/loss", "train/learning_rate"} <= lines[0].keys()
+
+
+def test_each_cycle_prints_training_updates_architectures_and_accuracies(tmp_path, capsys):
+    search = cell_search.prepare(tiny_config(), data.load(tiny_config().data))
+    reporter = reporting.Reporter(tmp_path, 0, 6, tensorboard=False)
+    log = cell_report.Log(search, reporter, {})
+    means = dict(loss=2.5, learning_rate=0.05, gradient_norm=1.5, accuracy=0.25)
+    reporter.line(log.training_line(3, means))
+    log.phase(3, [{"reward": 0.5}] * 10, 0.0)
+    architecture = np.asarray(search.space.random(jax.random.key(0)))
+    scores = {"validation/accuracy": 0.5, "test/accuracy": 0.4}
+    log.evaluation(3, architecture[None], np.array([0.75]), scores)
+    out = capsys.readouterr().out
+    assert "step 3  loss 2.5  lr 0.05  |g| 1.5  train accuracy 25.00%" in out
+    assert "update 10  reward 0.5" in out
+    lists = "\n".join(search.space.lists(architecture))
+    assert f"Here are 1 architectures\n{lists}\nval_acc=0.7500" in out
+    assert "validation/accuracy 50.00%  test/accuracy 40.00%" in out
 
 
 class Killed(Exception):
@@ -146,10 +148,7 @@ def test_devices_share_architectures_and_measure_as_one_does(whole):
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["random", "evolution", "nsga2", "darts", "gumbel"])
 def test_every_strategy_searches(tmp_path, strategy):
-    config = tiny_config(strategy)
-    if strategy in ("darts", "gumbel"):
-        config.search.updates, config.search.cost_weight = 30, 0.1
-    report = cell_search.build(config, tmp_path)
+    report = cell_search.build(tiny_config(strategy), tmp_path)
     assert report["strategy"] == strategy and report["finalists"]
 
 
