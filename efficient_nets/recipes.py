@@ -31,7 +31,14 @@ WINOGRAD_LAYERS = {
     "lenet": (r"^conv\d$", "", r"^hidden$"),
 }
 # What tokens of a searched precision mean.
-CELL_PRECISIONS = ("binarize", "ternarize", "kbit:w2a2", "kbit:w4a4", "kbit:w8a8", "float")
+CELL_PRECISIONS = (
+    "binarize",
+    "ternarize/clipped",
+    "kbit/clipped:w2a2",
+    "kbit/clipped:w4a4",
+    "kbit/clipped:w8a8",
+    "float",
+)
 SEARCHED = "searched"
 # QuadraLib's neuron as it is trained there.
 QUADRATIC = dict(neuron="ours", norm="branch")
@@ -327,8 +334,10 @@ def preset(precision: str, others: str = "torchvision") -> str:
 def enas(precision: str):
     """A net of cells with ENAS's settings (arXiv 1802.03268): SGD, a cosine with restarts.
 
-    Where the operands are rounded the stem has kernels of 4 bits, as the binary, ternary and k-bit
-    cells of the source have, and the kernels in cells stay in [-1, 1].
+    Where the operands are rounded the stem has kernels of 4 bits and the optimizer is Adam, as the
+    binary, ternary and k-bit cells of the ENAS project have; kernels in cells stay in
+    [-1, 1]. The precisions are better clipped ones: states of cells grow, and a gradient that goes
+    straight through a value that is rounded to 1 grows with each layer.
 
     Args:
       precision: Of the operands, a short form; or 'searched' for one of `CELL_PRECISIONS` each.
@@ -338,19 +347,20 @@ def enas(precision: str):
     config.model = configs.model(
         "cells",
         precisions=CELL_PRECISIONS if precision == SEARCHED else (precision,),
-        mix_precision="ternarize" if precision == SEARCHED else "",
+        mix_precision="ternarize/clipped" if precision == SEARCHED else "",
         stem_precision="kbit:w4" if rounded else "float",
     )
     config.data.train, config.data.validation = "train[:90%]", "train[90%:]"
-    config.optimizer.learning_rate = 0.05
-    config.optimizer.nesterov = True
-    config.optimizer.weight_decay = 1e-4
-    config.optimizer.clip_norm = 5.0
     if rounded:
+        config.optimizer.name, config.optimizer.learning_rate = "adam", 5e-3
         latent = dict(match=r"^cells/.*kernel", bound=1.0)
         config.optimizer.rules = (*map(dict, config.optimizer.rules), latent)
+    else:
+        config.optimizer.learning_rate, config.optimizer.nesterov = 0.05, True
+        config.optimizer.weight_decay = 1e-4
+    config.optimizer.clip_norm = 5.0
     config.schedule.name = "restarts"
-    config.schedule.end_value = 5e-4
+    config.schedule.end_value = config.optimizer.learning_rate / 100
     config.train.batch_size = 128
     return config
 

@@ -12,6 +12,7 @@ as inputs are not unless they say so. Sites inside of a map with transforms are 
     'xnor', 'twn'                     one method at each site that needs no number
     'lsq:c4a8'                        c: the cores of a factorized kernel
     'w=lq:2,a=pact:2'                 a method for each site
+    'ternarize/clipped'               a method with another gradient than its first one, behind /
 
 The long form is a mapping from the names of the sites, see `Precision`, to the fields of a
 `quantizers.Quantizer`, such as `dict(kernel=dict(method='lsq', bits=4, per='channel'))`.
@@ -80,16 +81,18 @@ class Precision:
         if not sites:
             return "float"
         shown = {letter: _number_text(quantizer) for letter, quantizer in sites.items()}
-        found = {quantizer.method for quantizer in sites.values()}
-        alike = {(sites[x].method, shown[x]) for x in TOGETHER if x in sites}
+        methods = {letter: _method_text(quantizer) for letter, quantizer in sites.items()}
+        found = set(methods.values())
+        alike = {(methods[x], shown[x]) for x in TOGETHER if x in sites}
         if len(alike) == 1 and sites.keys() >= set(TOGETHER):
-            sites[INNER_LETTER], shown[INNER_LETTER] = sites["v"], shown["v"]
+            for table in (sites, shown, methods):
+                table[INNER_LETTER] = table["v"]
             for letter in TOGETHER:
                 del sites[letter], shown[letter]
         if len(found) == 1:
             text = found.pop() + ":" + "".join(map("".join, shown.items()))
         else:
-            text = ",".join(f"{x}={q.method}:{shown[x]}" for x, q in sites.items())
+            text = ",".join(f"{x}={methods[x]}:{shown[x]}" for x in sites)
         if "stored" in {quantizer.method for quantizer in sites.values()}:
             return text  # of a net for use: no config can ask for it
         return text if parse(text) == self else f"{text}..."
@@ -141,12 +144,13 @@ def _short_form(text: str) -> dict[str, dict]:
     if "=" in text:
         return _by_site(text, [_site(text, part) for part in text.split(",")])
     method, colon, sites = text.partition(":")
-    table = names.pick("precision", method, {"float": {}} | quantizers.METHODS)
+    own = _method(method)
+    table = names.pick("precision", own["method"], {"float": {}} | quantizers.METHODS)
     if not colon:
         able = [site for site, entry in table.items() if entry.default]
         if not able:
             raise UserError(f"precision={text!r}: give bits, as in '{method}:w4a4'")
-        return {site: {"method": method} for site in able if site != "output"}
+        return {site: own for site in able if site != "output"}
     found = re.findall(rf"([a-z])({NUMBER})", sites)
     letters = {*LETTERS, INNER_LETTER}
     if not found or "".join(map("".join, found)) != sites or not set(dict(found)) <= letters:
@@ -155,7 +159,7 @@ def _short_form(text: str) -> dict[str, dict]:
             f"{INNER_LETTER}, each with bits, or with levels and an L, and an s for signed, as in "
             "'w4a4', 'w3La8' or 'w4a4s'"
         )
-    return _by_site(text, [(letter, {"method": method} | _number(n)) for letter, n in found])
+    return _by_site(text, [(letter, own | _number(n)) for letter, n in found])
 
 
 def _by_site(text: str, found: list[tuple[str, dict]]) -> dict[str, dict]:
@@ -178,13 +182,25 @@ def _site(text: str, part: str) -> tuple[str, dict]:
             f"precision={text!r}: {part!r} is not understood; a site is as in 'w=lq:2' or "
             f"'a=twn:3L', with {', '.join(LETTERS)} or {INNER_LETTER}"
         )
-    return letter, {"method": method} | (_number(number) if number else {})
+    return letter, _method(method) | (_number(number) if number else {})
+
+
+def _method(text: str) -> dict[str, str]:
+    method, slash, gradient = text.partition("/")
+    return {"method": method} | ({"gradient": gradient} if slash else {})
 
 
 def _number(text: str) -> dict[str, int | bool]:
     signed = {"signed": True} if text.endswith("s") else {}
     text = text.removesuffix("s")
     return ({"levels": int(text[:-1])} if text.endswith("L") else {"bits": int(text)}) | signed
+
+
+def _method_text(quantizer: Quantizer) -> str:
+    entry = quantizers.METHODS.get(quantizer.method, {}).get(quantizer.site)
+    if entry is None or quantizer.gradient == entry.gradients[0]:
+        return quantizer.method
+    return f"{quantizer.method}/{quantizer.gradient}"
 
 
 def _number_text(quantizer: Quantizer) -> str:

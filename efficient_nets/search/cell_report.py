@@ -1,5 +1,6 @@
 """What a search for an architecture tells as it goes on, and what it leaves to read."""
 
+import math
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ import numpy as np
 
 from efficient_nets import reporting
 from efficient_nets.analysis import figures
+from efficient_nets.errors import TrainingDiverged
 from efficient_nets.search import cell_drawing, config_file
 
 LINE_EVERY = 10  # updates
@@ -46,6 +48,7 @@ class Log:
         self._timed, self._seconds = meta.get("timed", (0, 0.0))
         self._means, self._summed = dict(meta.get("means", {})), meta.get("summed_updates", 0)
         self._begin = time.perf_counter() - meta.get("seconds", 0.0)
+        self._updates = meta.get("updates", 0)
         self._pending, self._is_first = [], True
 
     def training_line(self, step: int, means: Mapping[str, float]) -> str:
@@ -67,35 +70,41 @@ class Log:
           learned: Metrics of each update, which may be on their way.
           begin: When the phase began, by `time.perf_counter`.
         """
-        search = self._search
+        options = self._search.run.config
         self._pending += learned
-        if search.updates == 1 and step % search.run.config.log.every_steps:
-            return  # whose phases are steps: nothing waits for them
-        self.settle(step)
-        self._measured += len(learned) * search.run.config.search.proposals
+        if self._search.by_gradient:  # whose phases are steps: nothing waits for them
+            if step % options.log.every_steps == 0:
+                self.settle()
+            return
+        self.settle()
+        self._measured += len(learned) * options.search.proposals
         if not self._is_first:  # which compiles
-            self._timed += len(learned) * search.run.config.search.proposals
+            self._timed += len(learned) * options.search.proposals
             self._seconds += time.perf_counter() - begin
         self._is_first = False
 
-    def settle(self, step: int) -> None:
-        """Takes the metrics that are on their way."""
+    def settle(self) -> None:
+        """Takes the metrics that are on their way.
+
+        Raises:
+          TrainingDiverged: if the gradient to a strategy's logits is not finite.
+        """
         learned = [{k: float(x) for k, x in one.items()} for one in jax.device_get(self._pending)]
         self._pending = []
         for one in learned:
+            self._updates += 1
+            if self._search.by_gradient and not all(map(math.isfinite, one.values())):
+                raise TrainingDiverged(f"step {self._updates} of the strategy gives {one}")
             for name, value in one.items():
                 self._means[name] = self._means.get(name, 0.0) + value
+            if self._updates % LINE_EVERY == 0 and not self._search.by_gradient:
+                self._reporter.line(f"  update {self._updates:,}  {_values(one)}")
         self._summed += len(learned)
-        if self._search.updates > 1:
-            before = (self._search.phases(step) - 1) * self._search.updates
-            for number, one in enumerate(learned, before + 1):
-                if number % LINE_EVERY == 0:
-                    self._reporter.line(f"  update {number:,}  {_values(one)}")
 
     def evaluation(self, step: int, architectures, accuracies, scores: dict) -> dict[str, float]:
         """Prints some architectures and the scores of the best; keeps them; gives the scores."""
         space, run = self._search.space, self._search.run
-        self.settle(step)
+        self.settle()
         means = {name: total / self._summed for name, total in self._means.items()}
         self._means, self._summed = {}, 0
         epoch = step / run.epoch_steps
@@ -123,7 +132,9 @@ class Log:
         return scores
 
     def meta(self) -> dict[str, Any]:
+        self.settle()
         return {
+            "updates": self._updates,
             "history": self._history,
             "architectures": self._measured,
             "timed": (self._timed, self._seconds),
@@ -197,7 +208,10 @@ def table(report: dict[str, Any]) -> str:
         for split in ("validation", "test")
         if f"{split}/accuracy" in report
     )
-    rate = report["architectures_per_second"]
+    measured = f"{report['steps']:,} steps"
+    if report["architectures"]:
+        rate = report["architectures_per_second"]
+        measured = f"{report['architectures']:,} architectures measured, {rate:.3g} a second"
     return "\n".join(
         [
             lines[0],
@@ -206,8 +220,7 @@ def table(report: dict[str, Any]) -> str:
             "-" * len(lines[0]),
             f"Found (*) with the shared net's weights: {scores}",
             f"The net to be trained: {costs}",
-            f"{report['architectures']:,} architectures measured, {rate:.3g} a second; "
-            f"{report['seconds'] / 60:.1f} minutes in all",
+            f"{measured}; {report['seconds'] / 60:.1f} minutes in all",
         ]
     )
 

@@ -154,11 +154,15 @@ class Search:
     @property
     def updates(self) -> int:
         """Of the strategy, in a phase."""
-        return 1 if is_gradient(self.strategy) else self.run.config.search.updates
+        return 1 if self.by_gradient else self.run.config.search.updates
+
+    @property
+    def by_gradient(self) -> bool:
+        return is_gradient(self.strategy)
 
 
 def is_gradient(strategy: Any) -> bool:
-    """Whether it descends the gradient of a loss, and is not told rewards."""
+    """Whether it descends the gradient of a loss, and is not told rewards: of a class too."""
     return hasattr(strategy, "descend")
 
 
@@ -237,7 +241,7 @@ def check(config: ConfigDict) -> None:
             f"search.warmup_epochs={options.warmup_epochs}: must be below train.epochs="
             f"{config.train.epochs}"
         )
-    by_gradient = hasattr(strategies.STRATEGIES[options.strategy], "descend")
+    by_gradient = is_gradient(strategies.STRATEGIES[options.strategy])
     default = configs.defaults().search
     for field, heeded in (
         ("cost_weight", by_gradient),
@@ -381,7 +385,7 @@ class Learner:
     def __call__(self, state: SearchState) -> tuple[Any, list[dict]]:
         """The strategy behind a phase, and metrics of each update, on the devices."""
         mesh, (weights, strategy), learned = self.search.run.mesh, state, []
-        if is_gradient(self.search.strategy):
+        if self.search.by_gradient:
             batch = sharding.put_batch(next(self._batches), mesh)
             strategy, metrics = self._descend(weights, strategy, batch, self._resident)
             return strategy, [metrics]
