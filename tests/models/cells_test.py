@@ -10,7 +10,7 @@ from flax import nnx
 
 from efficient_nets import layers, models, paths
 from efficient_nets.errors import UserError
-from efficient_nets.layers import recalibrate
+from efficient_nets.layers import LayerSpec, recalibrate
 from efficient_nets.models import cells, operands, operations
 from efficient_nets.models.space import Choices, Space
 
@@ -531,3 +531,17 @@ def test_the_auxiliary_head_is_for_those_who_collect_it():
 def test_bad_options_are_named(options, message):
     with pytest.raises(UserError, match=message):
         shapes(**(dict(arc="") | options))
+
+
+@pytest.mark.parametrize(
+    ("precision", "spread"), [("ternarize/clipped", 1.0), ("kbit:w2a2", 1.0), ("lsq:w2a2", None)]
+)
+def test_kernels_of_a_fixed_range_start_all_over_it(precision, spread):
+    """Whatever the width: at He et al.'s start a wide layer would be rounded to nothing but 0."""
+    spec = LayerSpec(precision=precision)
+    kernel = operations.pointwise(256, 256, spec, rngs=nnx.Rngs(0)).branches[0].kernel[...]
+    if spread is None:
+        assert abs(float(kernel.std()) - (2 / 256) ** 0.5) < 0.002
+    else:
+        assert -1 <= float(kernel.min()) < -0.99 and 0.99 < float(kernel.max()) <= 1
+        assert abs(float((jnp.abs(kernel) <= 0.5).mean()) - 0.5) < 0.02

@@ -39,6 +39,17 @@ def test_float_rounds_nothing():
             dict(kernel=dict(method="lq", bits=2), input=dict(method="pact", bits=3)),
         ),
         (
+            "ternarize/clipped",
+            dict.fromkeys(("kernel", "input"), dict(method="ternarize", gradient="clipped")),
+        ),
+        (
+            "w=ternarize,a=kbit/clipped:4",
+            dict(
+                kernel=dict(method="ternarize"),
+                input=dict(method="kbit", bits=4, gradient="clipped"),
+            ),
+        ),
+        (
             "w=ttq,o=minmax:5L",
             dict(kernel=dict(method="ttq"), output=dict(method="minmax", levels=5)),
         ),
@@ -117,6 +128,9 @@ def test_texts_are_read_back(method):
         (dict(core=dict(method="xnor", per="channel")), "xnor:c1..."),
         ("lsq:w04", "lsq:w4"),
         ("lsq:w16L", "lsq:w4"),
+        ("ternarize/clipped", "ternarize/clipped:w3La3L"),
+        ("ternarize/identity", "ternarize:w3La3L"),
+        ("minmax:w4i4", "minmax:w4i4"),
         (dict(kernel=dict(method="lsq", bits=4, per="channel")), "lsq:w4..."),
     ],
 )
@@ -143,6 +157,7 @@ def test_texts(given, text):
         ("w=lq:2a", "'w=lq:2a' is not understood"),
         ("w=lqq:2", "precision.kernel.method='lqq' is not known: .*did you mean 'lq'"),
         ("w=lq", "precision.kernel.method='lq': give bits or levels"),
+        ("kbit/cliped:w4", "precision.kernel.gradient='cliped' is not known: .*'clipped'"),
         ("float:w4", "precision.kernel.method='float' is not known"),
         ("lsq:g4", "precision.gradient.method='lsq': it is only for input, kernel, output"),
         ("twn:a3L", "precision.input.method='twn': it is only for kernel"),

@@ -1,5 +1,6 @@
 """A search over tiny cells on a handful of digits: all it leaves, killed, on several devices."""
 
+import contextlib
 import json
 import runpy
 
@@ -83,13 +84,14 @@ def test_an_evaluation_tells_what_the_source_does(whole):
 def test_each_cycle_prints_training_updates_architectures_and_accuracies(tmp_path, capsys):
     search = cell_search.prepare(tiny_config(), data.load(tiny_config().data))
     reporter = reporting.Reporter(tmp_path, 0, 6, tensorboard=False)
-    log = cell_report.Log(search, reporter, {})
-    means = dict(loss=2.5, learning_rate=0.05, gradient_norm=1.5, accuracy=0.25)
-    reporter.line(log.training_line(3, means))
-    log.phase(3, [{"reward": 0.5}] * 10, 0.0)
-    architecture = np.asarray(search.space.random(jax.random.key(0)))
-    scores = {"validation/accuracy": 0.5, "test/accuracy": 0.4}
-    log.evaluation(3, architecture[None], np.array([0.75]), scores)
+    with contextlib.closing(reporter):
+        log = cell_report.Log(search, reporter, {})
+        means = dict(loss=2.5, learning_rate=0.05, gradient_norm=1.5, accuracy=0.25)
+        reporter.line(log.training_line(3, means))
+        log.phase(3, [{"reward": 0.5}] * 10, 0.0)
+        architecture = np.asarray(search.space.random(jax.random.key(0)))
+        scores = {"validation/accuracy": 0.5, "test/accuracy": 0.4}
+        log.evaluation(3, architecture[None], np.array([0.75]), scores)
     out = capsys.readouterr().out
     assert "step 3  loss 2.5  lr 0.05  |g| 1.5  train accuracy 25.00%" in out
     assert "update 10  reward 0.5" in out
@@ -157,6 +159,18 @@ def test_shared_and_separate_accuracies_are_compared(whole, tmp_path):
     report = ranking.rank(tiny_config(ranked=3, ranked_epochs=1.0), tmp_path, whole[0])
     assert len(report["architectures"]) == 3 and -1 <= report["kendall"] <= 1
     assert (tmp_path / "plots" / "rank.png").stat().st_size
+
+
+def test_modes_of_a_search(command, monkeypatch):
+    called = []
+    for module, name in ((cell_search, "build"), (cell_search, "measure"), (ranking, "rank")):
+        monkeypatch.setattr(module, name, lambda *_, name=name: called.append(name))
+    config = "--config=tests/tiny_search.py"
+    for mode in ("train", "search", "latency", "rank"):
+        assert command(config, f"--mode={mode}")[0] == 0
+    assert called == ["build", "build", "measure", "rank"]
+    status, _, err = command(config, "--mode=eval")
+    assert status == 2 and "search.strategy='enas': --mode is one of train, search" in err
 
 
 @pytest.mark.parametrize(
