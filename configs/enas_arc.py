@@ -30,5 +30,6 @@ def get_config(text: str = "float"):
     config.data.name = dataset
     config.train.epochs = 310.0 if of_cifar else 30.0  # restarts at 10, 30, 70, 150
     if of_cifar:
+        config.model.drop_path_steps = 310 * (45000 // 128)
         config.data.crop, config.data.flip, config.data.cutout = 4, True, 16
     return config

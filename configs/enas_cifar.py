@@ -20,6 +20,7 @@ def get_config(text: str = "ternarize/clipped"):
     config.model.layers, config.model.features = 3, 20
     config.model.auxiliary, config.model.drop_path = 0.4, 0.1
     config.train.epochs = 150.0  # restarts at 10, 30, 70
+    config.model.drop_path_steps = 150 * (45000 // 128)
     config.search.built_layers, config.search.built_features = 15, 16
     config.search.built_epochs = 310.0  # restarts at 10, 30, 70, 150
     return config

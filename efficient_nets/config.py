@@ -35,6 +35,11 @@ NOT_NUMERIC = (
     "data.memory_limit_gib",
     "checkpoint.keep",
     "evaluate.batch_size",
+    "search.built_layers",
+    "search.built_features",
+    "search.built_epochs",
+    "search.ranked",
+    "search.ranked_epochs",
 )
 
 
@@ -247,7 +252,9 @@ def defaults() -> ConfigDict:
             proposals=10,  # architectures an update
             batch_size=128,  # validation images that those of an update are measured on
             warmup_epochs=0.0,  # first ones, in which weights alone are trained
-            reward="accuracy",  # accuracy, cost_aware; nsga2 is told accuracy and cost as they are
+            # accuracy, cost_aware: what strategies are told, and by which one of the finalists is
+            # chosen; nsga2 is told accuracy and cost, darts and gumbel the gradient of a loss.
+            reward="accuracy",
             cost="bops",  # macs, bops, packed_bytes, params, latency
             target=0.0,  # cost to aim at; 0: the mean of all architectures
             exponents=rewards.SOFT,  # of cost / target below and above it, for cost_aware
@@ -264,7 +271,7 @@ def defaults() -> ConfigDict:
             built_features=0,
             built_epochs=0.0,
             ranked=8,  # --mode=rank: architectures that are trained on their own
-            ranked_epochs=1.0,
+            ranked_epochs=10.0,
             **strategies.options(),
         )
     )

@@ -373,8 +373,7 @@ def cell_search(precision: str, strategy: str):
     config = enas(precision)
     config.model.arc = ""
     config.search.strategy = strategy
-    if precision == SEARCHED and strategy in ("darts", "gumbel"):
-        config.search.cost_weight = 0.1
-    elif precision == SEARCHED and strategy != "nsga2":
+    if precision == SEARCHED:
         config.search.reward = "cost_aware"
+        config.search.cost_weight = 0.1 if strategy in ("darts", "gumbel") else 0.0
     return config

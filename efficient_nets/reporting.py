@@ -110,6 +110,11 @@ class Reporter:
             for name, value in scalars.items():
                 self._board.add_scalar(name, value, step)
 
+    def record(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes what is not all numbers, to metrics.jsonl alone."""
+        if self._file is not None:
+            self._file.write(step, values)
+
     def histograms(self, step: int, histograms: Mapping[str, analysis.Histogram]) -> None:
         """Writes `histograms/STEP.npz`, and TensorBoard's."""
         if self.active:
@@ -198,7 +203,9 @@ def _plain(record: Mapping) -> dict:
     def finite(value):
         if isinstance(value, float | np.floating):
             return float(value) if math.isfinite(value) else None
-        return value
+        if isinstance(value, Mapping):
+            return _plain(value)
+        return list(map(finite, value)) if isinstance(value, list | tuple) else value
 
     return {key: finite(value) for key, value in record.items()}
 
@@ -292,7 +299,8 @@ class Meter:
         begin = time.perf_counter()
         yield
         seconds = time.perf_counter() - begin
-        self._rate_from += seconds
+        if self._rate_from is not None:
+            self._rate_from += seconds
         self._reporter.leave_out(seconds)
 
     def meta(self) -> dict:

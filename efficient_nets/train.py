@@ -86,7 +86,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
             scores = evaluate_all(evaluation, state)  # of the net that training starts from
             reporter.scalars(0, scores)
             reporter.line(reporting.evaluation_line(0, 0, scores))
-        with _explaining_divergence(checkpoints):
+        with explaining_divergence(checkpoints):
             state, meta, scores = _loop(
                 run, state, meta, teacher, evaluation, checkpoints, reporter
             )
@@ -387,7 +387,7 @@ def _counts(step: int, total: int, periods: Sequence[int], most: int) -> Iterato
 
 
 @contextlib.contextmanager
-def _explaining_divergence(checkpoints: Checkpoints):
+def explaining_divergence(checkpoints: Checkpoints):
     try:
         yield
     except TrainingDiverged as error:

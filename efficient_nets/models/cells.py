@@ -331,7 +331,7 @@ class Cells(nnx.Module):
         if mixes:
             uniform = self.space.uniform._asdict()
             self.choices = nnx.Dict({name: Probabilities(x) for name, x in uniform.items()})
-        elif not arc:
+        if not arc:  # of a mixture too, whose state is then that of any shared net, and more
             self.architecture = Architecture(jnp.zeros(self.space.shape, jnp.int32))
         self.seed = self.calls = nnx.data(None)
         channels, features = STEM * parts.scaled(features, width), parts.scaled(features, width)

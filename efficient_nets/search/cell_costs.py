@@ -83,6 +83,12 @@ def counted(config: ConfigDict) -> dict[str, rewards.ArchitectureCost]:
     return {kind: _counted(net, found, kind) for kind in COSTS if kind != LATENCY}
 
 
+def space_of(config: ConfigDict) -> Space:
+    """The space of a config's net of cells."""
+    own = config.model
+    return Space(own.nodes, tuple(own.ops), tuple(own.precisions), own.shared_precision)
+
+
 class _Net(NamedTuple):
     """A fixed net of shapes whose operands are all that there are.
 
@@ -106,8 +112,7 @@ def _net(config: ConfigDict) -> _Net:
     if config.model.name != "cells":
         raise UserError(f"model.name={config.model.name!r}: architectures are of 'cells' alone")
     config, info = config.copy_and_resolve_references(), data.describe(config.data)
-    own = config.model
-    space = Space(own.nodes, tuple(own.ops), tuple(own.precisions), own.shared_precision)
+    own, space = config.model, space_of(config)
     operands: list[tuple[int, int | slice]] = []
     for number, op in enumerate(map(operations.parse, space.ops)):
         # What has no layers is the same at all precisions.

@@ -3,11 +3,12 @@
 import math
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from efficient_nets import reporting
 from efficient_nets.analysis import figures
@@ -49,7 +50,8 @@ class Log:
         self._means, self._summed = dict(meta.get("means", {})), meta.get("summed_updates", 0)
         self._begin = time.perf_counter() - meta.get("seconds", 0.0)
         self._updates = meta.get("updates", 0)
-        self._pending, self._is_first = [], True
+        self._pending: list[Mapping] = []
+        self._is_first = True
 
     def training_line(self, step: int, means: Mapping[str, float]) -> str:
         """Of the shared weights, over the last steps."""
@@ -62,44 +64,38 @@ class Log:
     def _minutes(self) -> float:
         return (time.perf_counter() - self._begin) / 60
 
-    def phase(self, step: int, learned: Sequence[Mapping], begin: float) -> None:
-        """Behind a phase of the strategy.
+    def push(self, metrics: Mapping) -> None:
+        """Takes the metrics of an update or a step of the strategy, which may be on their way."""
+        self._pending.append(metrics)
 
-        Args:
-          step: Of the weights.
-          learned: Metrics of each update, which may be on their way.
-          begin: When the phase began, by `time.perf_counter`.
-        """
-        options = self._search.run.config
-        self._pending += learned
-        if self._search.by_gradient:  # whose phases are steps: nothing waits for them
-            if step % options.log.every_steps == 0:
-                self.settle()
-            return
-        self.settle()
-        self._measured += len(learned) * options.search.proposals
+    def timed(self, seconds: float) -> None:
+        """Counts what the updates of a phase took, all of them settled."""
+        options = self._search.run.config.search
+        measured = options.updates * options.proposals
+        self._measured += measured
         if not self._is_first:  # which compiles
-            self._timed += len(learned) * options.search.proposals
-            self._seconds += time.perf_counter() - begin
+            self._timed += measured
+            self._seconds += seconds
         self._is_first = False
 
-    def settle(self) -> None:
-        """Takes the metrics that are on their way.
+    def settle(self, but: int = 0) -> None:
+        """Waits for all metrics but so many of the last ones.
 
         Raises:
           TrainingDiverged: if the gradient to a strategy's logits is not finite.
         """
-        learned = [{k: float(x) for k, x in one.items()} for one in jax.device_get(self._pending)]
-        self._pending = []
-        for one in learned:
+        taken = len(self._pending) - but
+        found, self._pending = jax.device_get(self._pending[:taken]), self._pending[taken:]
+        for one in found:
+            one = {name: float(value) for name, value in one.items()}
             self._updates += 1
             if self._search.by_gradient and not all(map(math.isfinite, one.values())):
                 raise TrainingDiverged(f"step {self._updates} of the strategy gives {one}")
             for name, value in one.items():
                 self._means[name] = self._means.get(name, 0.0) + value
+            self._summed += 1
             if self._updates % LINE_EVERY == 0 and not self._search.by_gradient:
                 self._reporter.line(f"  update {self._updates:,}  {_values(one)}")
-        self._summed += len(learned)
 
     def evaluation(self, step: int, architectures, accuracies, scores: dict) -> dict[str, float]:
         """Prints some architectures and the scores of the best; keeps them; gives the scores."""
@@ -122,13 +118,18 @@ class Log:
             "step": step,
             "epoch": epoch,
             "arc": space.text(best),
+            "shown": [
+                {"arc": space.text(tokens), "val_acc": float(accuracy)}
+                for tokens, accuracy in zip(architectures, accuracies, strict=True)
+            ],
             "shown_accuracy": float(np.mean(accuracies)),
             **scores,
             **{f"strategy/{name}": value for name, value in means.items()},
         }
         self._history.append(record)
-        scalars = {name: x for name, x in record.items() if name not in ("step", "epoch", "arc")}
-        self._reporter.scalars(step, scalars)
+        texts = ("step", "epoch", "arc", "shown")
+        self._reporter.scalars(step, {n: x for n, x in record.items() if n not in texts})
+        self._reporter.record(step, {"architectures": record["shown"]})
         return scores
 
     def meta(self) -> dict[str, Any]:
@@ -148,37 +149,47 @@ def _values(metrics: Mapping[str, float]) -> str:
     return "  ".join(f"{SHORT.get(name, name)} {value:.4g}" for name, value in metrics.items())
 
 
-def write(search, report: dict[str, Any], built, workdir: pathlib.Path) -> None:
-    """result.json, search.txt, search.json, plots/search.png, plots/cells.png, built_config.py."""
-    space = search.space
-    path = workdir / "plots" / "cells.png"
+def write(search, report: dict[str, Any], built: ConfigDict, workdir: pathlib.Path) -> None:
+    """result.json, search.txt, plots/search.png, plots/cells.png and built_config.py."""
+    space, plots = search.space, workdir / "plots"
     title = f"{report['strategy']}: {report['validation/accuracy']:.2%} of the validation split"
-    cell_drawing.draw(space, space.parse(report["arc"]), path, title)
-    _write_config(built, report, workdir)
+    cell_drawing.draw(space, space.parse(report["arc"]), plots / "cells.png", title)
+    plot(report, plots / "search.png")
+    (workdir / "search.txt").write_text(table(report) + "\n")
+    _write_config(search.judged.config.model, built, report, workdir)
     reporting.write_json(workdir / "result.json", report)
-    reporting.write_report(workdir, "search", report, table(report), plot)
-    print(f"cells        {path}")
-    print(f"result       {workdir / 'result.json'}")
+    print(table(report))
+    print(f"result       {workdir / 'result.json'}, {workdir / 'search.txt'}")
+    print(f"plots        {plots / 'search.png'}, {plots / 'cells.png'}")
     print(f"found net    {workdir / 'built_config.py'}", flush=True)
 
 
-def _write_config(config, report: dict[str, Any], workdir: pathlib.Path) -> None:
+def _write_config(
+    searched: ConfigDict, built: ConfigDict, report: dict[str, Any], workdir: pathlib.Path
+) -> None:
     path = workdir / "built_config.py"
+    command = f"python -m efficient_nets.main --config={path} --workdir={workdir / 'built'}"
+    same = [
+        f"--config.model.{name}={searched[name]}"
+        for name in ("layers", "features")
+        if searched[name] != built.model[name]
+    ]
     lines = [
         f"The architecture that {report['strategy']} found on {report['dataset']}.",
         "",
-        f"    python -m efficient_nets.main --config={path} --workdir={workdir / 'built'}",
+        f"    {command}",
         "",
         *report["lists"],
         "",
         f"With the shared net's weights {report['validation/accuracy']:.2%} of the validation",
-        "split. It is trained anew; where the net has the search's own options it can go on from",
-        "these weights instead:",
+        "split. It is trained anew; with the depth and width of the search it can go on from these",
+        "weights instead, behind the command:",
         "",
+        f"    {' '.join(same)}".rstrip(),
         f"    --config.checkpoint.convert_from={workdir} --config.calibration.norm_batches=20",
         "",
     ]
-    config_file.write(path, config, lines)
+    config_file.write(path, built, [line for line in lines if line != "    "])
 
 
 def table(report: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from efficient_nets import data, layers, sharding
-from efficient_nets.evaluation import evaluators, put_resident
+from efficient_nets.evaluation import evaluators
 from efficient_nets.experiment import Experiment, TrainState
 from efficient_nets.layers import recalibrate
 from efficient_nets.ops.batch_norm import Moments
@@ -88,12 +88,13 @@ class Judge:
     Args:
       run: Of the shared net.
       norm_batches: How many training batches norms have the moments of.
+      resident: `put_resident(run, "train")`.
     """
 
-    def __init__(self, run: Experiment, norm_batches: int):
+    def __init__(self, run: Experiment, norm_batches: int, resident: dict | None):
         self._run, self._number = run, norm_batches
         self._evaluators = {evaluator.split: evaluator for evaluator in evaluators(run)}
-        self._resident = put_resident(run, "train")
+        self._resident = resident
         self._moments = jax.jit(self._joined)
         self._placed = jax.jit(self._with_moments)
 

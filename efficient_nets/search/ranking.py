@@ -19,7 +19,9 @@ from ml_collections import ConfigDict
 from efficient_nets import config as configs
 from efficient_nets import data, reporting, train, workdirs
 from efficient_nets.analysis import figures
-from efficient_nets.search import cell_search, evolution, judging
+from efficient_nets.errors import UserError
+from efficient_nets.evaluation import put_resident
+from efficient_nets.search import cell_search, cell_steps, evolution, judging
 from efficient_nets.search.rewards import kendall, spearman
 
 
@@ -38,14 +40,17 @@ def rank(config: ConfigDict, workdir: pathlib.Path, folder: pathlib.Path) -> dic
       UserError: on a config that is no search's, or a folder without its checkpoint.
     """
     configs.check(config)
-    cell_search.check(config)
-    search = cell_search.prepare(config, data.load(config.data))
+    cell_steps.check(config)
+    search = cell_steps.prepare(config, data.load(config.data))
     run, trained = search.judged, search.run.abstract
-    net, _ = workdirs.restore_net(folder, {"params": trained.params, "stats": trained.stats})
+    net, left = workdirs.restore_net(folder, {"params": trained.params, "stats": trained.stats})
+    if left:
+        few = "; ".join(f"{path} {reason}" for path, reason in list(left.items())[:5])
+        raise UserError(f"--checkpoint={folder} holds another net ({len(left)} leaves): {few}")
     state = search.of_one(trained._replace(**net, ema={}))
-    key = jax.random.key(config.seed)
+    key = search.key(cell_steps.OF_RANKED)
     architectures = np.asarray(evolution.randoms(search.space, key, config.search.ranked))
-    judge = judging.Judge(run, config.search.norm_batches)
+    judge = judging.Judge(run, config.search.norm_batches, put_resident(run, "train"))
     total = 2 * len(architectures)
     found = []
     with reporting.progress(total, desc="ranking", unit="net") as bar:
@@ -57,6 +62,7 @@ def rank(config: ConfigDict, workdir: pathlib.Path, folder: pathlib.Path) -> dic
         for number, one in enumerate(found):
             of_one = cell_search.built(config, one["arc"], as_searched=True)
             of_one.train.epochs = config.search.ranked_epochs
+            of_one.schedule.period = config.search.ranked_epochs  # ends where a cycle does
             one["alone"] = _trained(of_one, workdir / "ranked" / str(number))
             bar.update()
     shared, alone = ([one[name] for one in found] for name in ("shared", "alone"))

@@ -11,14 +11,25 @@ import pytest
 from flax import nnx
 
 from efficient_nets import config as configs
-from efficient_nets import data, reporting, sharding
+from efficient_nets import data, evaluation, reporting, sharding
 from efficient_nets import train as training
 from efficient_nets.errors import UserError
 from efficient_nets.models import cells
-from efficient_nets.search import cell_report, cell_search, judging, ranking
+from efficient_nets.search import cell_costs, cell_report, cell_search, cell_steps, judging, ranking
 from tests import tiny_search
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+
+ALL_DEVICES = jax.devices
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_device():
+    """What is slow here is compiling, and more so for eight devices."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
+        yield
 
 
 def tiny_config(strategy="enas", **fields):
@@ -28,14 +39,17 @@ def tiny_config(strategy="enas", **fields):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory, one_device):
     workdir = tmp_path_factory.mktemp("search")
     programs = []
     with pytest.MonkeyPatch.context() as patch:
         for module, name in (
-            (cell_search, "weight_steps"),
-            (cell_search, "tell"),
+            (cell_steps, "weight_steps"),
+            (cell_steps, "propose"),
+            (cell_steps, "tell"),
             (judging, "accuracies"),
+            (judging.Judge, "_joined"),
+            (evaluation, "_step"),
         ):
             function = getattr(module, name)
 
@@ -51,7 +65,7 @@ def whole(tmp_path_factory):
 def test_a_search_leaves_an_architecture_its_picture_and_a_config(whole):
     workdir, report, _ = whole
     assert json.loads((workdir / "result.json").read_text()) == report
-    space = cell_search.space_of(tiny_config())
+    space = cell_costs.space_of(tiny_config())
     assert space.lists(space.parse(report["arc"])) == report["lists"]
     for name in ("search.txt", "plots/search.png", "plots/cells.png", "metrics.jsonl"):
         assert (workdir / name).stat().st_size
@@ -68,7 +82,8 @@ def test_a_search_leaves_an_architecture_its_picture_and_a_config(whole):
 
 
 def test_every_architecture_has_one_program(whole):
-    assert sorted(whole[2]) == ["accuracies", "tell", "weight_steps"]
+    once = ["_joined", "_step", "accuracies", "propose", "tell", "weight_steps"]
+    assert sorted(whole[2]) == once
 
 
 def test_an_evaluation_tells_what_the_source_does(whole):
@@ -82,13 +97,15 @@ def test_an_evaluation_tells_what_the_source_does(whole):
 
 
 def test_each_cycle_prints_training_updates_architectures_and_accuracies(tmp_path, capsys):
-    search = cell_search.prepare(tiny_config(), data.load(tiny_config().data))
+    search = cell_steps.prepare(tiny_config(), data.load(tiny_config().data))
     reporter = reporting.Reporter(tmp_path, 0, 6, tensorboard=False)
     with contextlib.closing(reporter):
         log = cell_report.Log(search, reporter, {})
         means = dict(loss=2.5, learning_rate=0.05, gradient_norm=1.5, accuracy=0.25)
         reporter.line(log.training_line(3, means))
-        log.phase(3, [{"reward": 0.5}] * 10, 0.0)
+        for _ in range(10):
+            log.push({"reward": 0.5})
+        log.settle()
         architecture = np.asarray(search.space.random(jax.random.key(0)))
         scores = {"validation/accuracy": 0.5, "test/accuracy": 0.4}
         log.evaluation(3, architecture[None], np.array([0.75]), scores)
@@ -104,8 +121,10 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("at", [3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [3, 4, 5])
 def test_a_killed_search_goes_on_to_the_same_bits(whole, tmp_path, monkeypatch, at):
+    """Behind a phase and its evaluation, behind that, and a step before the next one."""
     config = tiny_config()
     config.checkpoint.every_epochs = 1 / 3
     save = training.Checkpoints.save
@@ -119,6 +138,11 @@ def test_a_killed_search_goes_on_to_the_same_bits(whole, tmp_path, monkeypatch, 
         patch.setattr(cell_search.Checkpoints, "save", saves_until_killed)
         cell_search.build(config, tmp_path)
     report = cell_search.build(config, tmp_path)
+    lines = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (tmp_path, whole[0])
+    ]
+    assert lines[0] == lines[1]
     differ = {"seconds", "images_per_second", "architectures_per_second", "config_hash"}
     of_both = [
         {name: x for name, x in one.items() if name not in differ} for one in (report, whole[1])
@@ -126,10 +150,12 @@ def test_a_killed_search_goes_on_to_the_same_bits(whole, tmp_path, monkeypatch, 
     assert of_both[0] == of_both[1]
 
 
-def test_devices_share_architectures_and_measure_as_one_does(whole):
+@pytest.mark.slow
+def test_devices_share_architectures_and_measure_as_one_does(monkeypatch):
+    monkeypatch.setattr(jax, "devices", ALL_DEVICES)
     config = tiny_config()
     dataset = data.load(config.data)
-    search = cell_search.prepare(config, dataset)
+    search = cell_steps.prepare(config, dataset)
     state = search.run.initial_state()
     keys = jax.random.split(jax.random.key(0), 11)  # which 8 devices do not divide
     architectures = jax.vmap(search.space.random)(keys)
@@ -144,14 +170,45 @@ def test_devices_share_architectures_and_measure_as_one_does(whole):
         fixed.train()  # batch statistics; nothing drops
         hits = fixed(images).argmax(-1) == resident["label"][:64]
         assert float(accuracy) == pytest.approx(float(hits.mean()), abs=1e-6)
-    assert len(set(map(float, found))) > 3
+    assert search.run.mesh.size == 8 and len(set(map(float, found))) > 3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["random", "evolution", "nsga2", "darts", "gumbel"])
-def test_every_strategy_searches(tmp_path, strategy):
-    report = cell_search.build(tiny_config(strategy), tmp_path)
+def test_every_strategy_searches_and_goes_on(tmp_path, monkeypatch, strategy):
+    report = cell_search.build(tiny_config(strategy), tmp_path / "one")
     assert report["strategy"] == strategy and report["finalists"]
+    moved = {"darts": "strategy/entropy", "gumbel": "strategy/entropy"}
+    assert moved.get(strategy, "strategy/accuracy") in report["history"][-1]
+    config = tiny_config(strategy)
+    config.checkpoint.every_epochs = 1 / 3
+    save = training.Checkpoints.save
+
+    def saves_until_killed(self, step, *args, **kwargs):
+        save(self, step, *args, **kwargs)
+        if step == 4:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(cell_search.Checkpoints, "save", saves_until_killed)
+        cell_search.build(config, tmp_path / "two")
+    again = cell_search.build(config, tmp_path / "two")
+    for name in ("arc", "finalists", "history", "params_digest"):
+        assert again[name] == report[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["enas", "darts"])
+def test_the_net_that_was_found_starts_from_the_shared_weights(tmp_path, strategy):
+    report = cell_search.build(tiny_config(strategy), tmp_path / "search")
+    config = cell_search.built(tiny_config(strategy), report["arc"])
+    config.checkpoint.convert_from = str(tmp_path / "search")
+    config.calibration.norm_batches, config.train.epochs = 2, 1.0
+    config.calibration.batch_size = 0
+    training.train(config, tmp_path / "built")
+    first = json.loads((tmp_path / "built" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["step"] == 0
+    assert first["validation/accuracy"] == report["validation/accuracy"]
 
 
 @pytest.mark.slow
@@ -180,7 +237,11 @@ def test_modes_of_a_search(command, monkeypatch):
         ("model.arc", "0 1 0 1 0 1 0 1", "model.arc"),
         ("search.reward", "speed", "search.reward"),
         ("search.cost", "joules", "joules"),
-        ("search.cost_weight", 0.5, "does not heed it"),
+        ("search.cost_weight", 0.5, "nothing heeds it"),
+        ("search.evolution.population", 7, "nothing heeds it"),
+        ("search.exponents", (1.0, 1.0), "nothing heeds it"),
+        ("search.interval", 7, "the strategy would learn nothing in 6 steps"),
+        ("model.mixes", True, "model.mixes=True: a search sets it"),
         ("search.batch_size", 96000, "the validation split has only"),
         ("train.ema", 0.9, "train.ema"),
         ("search.warmup_epochs", 2.0, "below train.epochs"),

@@ -21,7 +21,6 @@ def test_costs_above_the_target_take_from_the_accuracy():
     np.testing.assert_allclose(hard, [0.8, 0.8, 0.4], rtol=1e-6)
     soft = rewards.cost_aware(accuracy, cost, 100)
     np.testing.assert_allclose(soft, 0.8 * np.array([0.5, 1, 2]) ** -0.07, rtol=1e-6)
-    assert (rewards.only_accuracy(accuracy, cost) == accuracy).all()
     np.testing.assert_array_equal(rewards.objectives(accuracy, cost)[2], [np.float32(0.8), -200])
     with pytest.raises(UserError, match="reward.target=0: must be above 0"):
         rewards.cost_aware(accuracy, cost, 0)
