@@ -17,6 +17,15 @@ from efficient_nets import train as training
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted((ROOT / "configs").glob("*.py"))
 each_config = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+# A shared net of five cells is traced for half a minute.
+each_config_of_a_size = pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=pytest.mark.slow) if path.stem == "enas_cifar" else path
+        for path in FILES
+    ],
+    ids=lambda path: path.stem,
+)
 
 
 def load(path):
@@ -77,7 +86,7 @@ def test_winograd_s_adaptation_is_the_experiment_stretched():
     assert all(rule.keys() == {"match"} for rule in plain.layers)
 
 
-@each_config
+@each_config_of_a_size
 def test_the_net_has_as_many_parameters_and_macs_as_the_docstring_says(path):
     config, docstring = load(path)
     info = data.describe(config.data)
@@ -112,7 +121,7 @@ def random_state(run):
     return paths.map_named(fill, run.abstract)
 
 
-@each_config
+@each_config_of_a_size
 def test_a_config_fits_eight_devices(path):
     config, _ = load(path)
     info = data.describe(config.data)
