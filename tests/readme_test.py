@@ -45,7 +45,8 @@ class Reader:
 
     def main(self, words):
         """The command itself, on 16 digits and a 16th of the channels, with its folders moved."""
-        moved = "^(--(?:workdir|checkpoint|reference|config.checkpoint.convert_from)=)"
+        moved = "workdir|checkpoint|reference|config.checkpoint.convert_from|config(?==runs)"
+        moved = f"^(--(?:{moved})=)"
         words = [re.sub(moved, rf"\1{self.folder}/", word) for word in words]
         if not any(word.startswith("--workdir") for word in words):
             words.append(f"--workdir={self.folder}/default")
@@ -61,6 +62,21 @@ class Reader:
     def tiny_net(self, words):
         if any("factorized" in word for word in words):
             return []  # LeNet is small
+        if any("built_config" in word for word in words):
+            return []  # as small as what was searched
+        if any("enas_arc" in word for word in words):
+            return ["--config.model.layers=1", "--config.data.cutout=0"]
+        if any("enas" in word for word in words):
+            return [
+                *("--config.model.nodes=1", "--config.model.layers=1"),
+                *("--config.model.reductions=2", "--config.model.ops=('max3','identity')"),
+                "--config.search.updates=1",
+                *("--config.search.proposals=2", "--config.search.norm_batches=1"),
+                *("--config.search.shown=2", "--config.search.finalists=2"),
+                *("--config.search.batch_size=64", "--config.search.ranked=2"),
+                *("--config.search.ranked_epochs=1", "--config.search.built_layers=0"),
+                *("--config.search.built_features=0", "--config.search.built_epochs=0"),
+            ]
         if not any("auto_builder" in word for word in words):
             return ["--config.model.depth=0", "--config.model.blocks=(1,1,1)"]
         return [  # one layer may go, and one round is enough
