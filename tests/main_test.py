@@ -228,7 +228,7 @@ def test_analysis_writes_numbers_pictures_and_events_beside_another_run_s(whole,
         ),
         (
             "--checkpoint=x",
-            "--checkpoint=x: only --mode=eval or .* or --mode=prune may have it",
+            "--checkpoint=x: only --mode=eval or .* or --mode=rank may have it",
         ),
         ("--workdir=gs://b/run", "--workdir='gs://b/run': only folders of this machine, or mount"),
         ("--config.sharding.rules[0].match=kernle", "sharding.rules: 'kernle' matches no param"),

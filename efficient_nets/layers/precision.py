@@ -139,17 +139,17 @@ def typical_images(geometry: Geometry, quantizer: Quantizer | None) -> Array:
 
 @functools.cache
 def _quantiles() -> np.ndarray:
-    """Of a normal distribution, in the middle of 256 equal shares: float32 `(256,)`.
+    """Of a normal distribution, in the middle of 256 equal shares: float64 `(256,)`.
 
     JAX's own takes longer to trace than all else of a layer.
     """
     normal = statistics.NormalDist()
-    return np.array([normal.inv_cdf((i + 0.5) / 256) for i in range(256)], np.float32)
+    return np.array([normal.inv_cdf((i + 0.5) / 256) for i in range(256)])
 
 
 def _typical(quantizer: Quantizer, channels: int) -> Array:
     """A sample `(1, 256, channels)`: quantiles of a normal distribution, alike for each channel."""
-    values = jnp.asarray(_quantiles())
+    values = jnp.asarray(_quantiles(), jnp.result_type(float))
     values = values if quantizer.signed else jnp.maximum(values, 0)
     return jnp.broadcast_to(values.reshape(1, -1, 1), (1, 256, channels))
 

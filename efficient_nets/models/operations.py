@@ -8,6 +8,7 @@ not among them: it is chosen for each operand.
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -29,7 +30,11 @@ FIELDS = tuple(
 # Methods whose kernels live in [-1, 1], whatever the layer's size, and start all over it, as in the
 # BinaryNet family: those of a wide layer that start by its size would all be rounded to 0.
 IN_FIXED_RANGE = ("binarize", "ternarize", "kbit")
-all_over = nnx.initializers.uniform(2.0)
+
+
+def all_over(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
+    """Uniformly in [-1, 1]."""
+    return jax.random.uniform(key, shape, dtype, -1.0, 1.0)
 
 
 def kernel_init(spec: LayerSpec):
@@ -37,7 +42,7 @@ def kernel_init(spec: LayerSpec):
     rounds = spec.precision.kernel
     if rounds is None or rounds.method not in IN_FIXED_RANGE:
         return kaiming_normal
-    return lambda key, shape, dtype: all_over(key, shape, dtype) - 1
+    return all_over
 
 
 def pointwise(in_features: int, features: int, spec: LayerSpec, *, rngs: nnx.Rngs) -> Dense:
