@@ -159,7 +159,7 @@ def check(config: ConfigDict) -> None:
     by_gradient = is_gradient(strategies.STRATEGIES[options.strategy])
     default = configs.defaults().search
     others = {name: False for name in strategies.STRATEGIES if name != options.strategy}
-    heeded = dict(cost_weight=by_gradient, updates=not by_gradient, proposals=not by_gradient)
+    heeded = dict(cost_weight=by_gradient, updates=not by_gradient)
     heeded["exponents"] = options.reward != "accuracy"
     for field, heeds in (heeded | others).items():
         if not heeds and options[field] != default[field]:
