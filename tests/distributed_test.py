@@ -133,7 +133,8 @@ def test_two_processes_search_as_one_does(tmp_path):
     assert report["arc"] == expected["arc"]
     for record, other in zip(report["history"], expected["history"], strict=True):
         assert record["arc"] == other["arc"]
-        for name in record.keys() - {"arc"}:
+        assert [one["arc"] for one in record["shown"]] == [one["arc"] for one in other["shown"]]
+        for name in record.keys() - {"arc", "shown"}:
             # Sums over the batch in another order, float32, six steps.
             np.testing.assert_allclose(record[name], other[name], rtol=2e-3, atol=1e-3)
     assert "Here are" in first
