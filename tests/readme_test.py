@@ -66,8 +66,6 @@ class Reader:
             return []  # LeNet is small
         if any("built_config" in word for word in words):
             return []  # as small as what was searched
-        if any("enas_arc" in word for word in words):
-            return ["--config.model.layers=1", "--config.data.cutout=0"]
         if any("enas" in word for word in words):
             return [
                 *("--config.model.nodes=1", "--config.model.layers=1"),

@@ -122,16 +122,15 @@ class Killed(Exception):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", [4, 5])
-def test_a_killed_search_goes_on_to_the_same_bits(whole, tmp_path, monkeypatch, at):
-    """A step behind a phase, and a step before the next one."""
+def test_a_killed_search_goes_on_to_the_same_bits(whole, tmp_path, monkeypatch):
+    """Killed between two phases, a step before the second."""
     config = tiny_config()
     config.checkpoint.every_epochs = 1 / 3
     save = training.Checkpoints.save
 
     def saves_until_killed(self, step, *args, **kwargs):
         save(self, step, *args, **kwargs)
-        if step == at:
+        if step == 5:
             raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -174,7 +173,7 @@ def test_devices_share_architectures_and_measure_as_one_does(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["random", "evolution", "nsga2", "darts", "gumbel"])
+@pytest.mark.parametrize("strategy", ["nsga2", "darts", "gumbel"])
 def test_every_strategy_searches_and_goes_on(tmp_path, monkeypatch, strategy):
     report = cell_search.build(tiny_config(strategy), tmp_path / "one")
     assert report["strategy"] == strategy and report["finalists"]
@@ -198,11 +197,10 @@ def test_every_strategy_searches_and_goes_on(tmp_path, monkeypatch, strategy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["enas", "darts"])
-def test_the_net_that_was_found_starts_from_the_shared_weights(tmp_path, strategy):
-    report = cell_search.build(tiny_config(strategy), tmp_path / "search")
-    config = cell_search.built(tiny_config(strategy), report["arc"])
-    config.checkpoint.convert_from = str(tmp_path / "search")
+def test_the_net_that_was_found_starts_from_the_shared_weights(whole, tmp_path):
+    workdir, report, _ = whole
+    config = cell_search.built(tiny_config(), report["arc"])
+    config.checkpoint.convert_from = str(workdir)
     config.calibration.norm_batches, config.train.epochs = 2, 1.0
     config.calibration.batch_size = 0
     training.train(config, tmp_path / "built")
