@@ -185,11 +185,11 @@ def _write_config(
         "split. It is trained anew; with the depth and width of the search it can go on from these",
         "weights instead, behind the command:",
         "",
-        f"    {' '.join(same)}".rstrip(),
+        *([f"    {' '.join(same)}"] if same else []),
         f"    --config.checkpoint.convert_from={workdir} --config.calibration.norm_batches=20",
         "",
     ]
-    config_file.write(path, built, [line for line in lines if line != "    "])
+    config_file.write(path, built, lines)
 
 
 def table(report: dict[str, Any]) -> str:
