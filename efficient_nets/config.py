@@ -14,6 +14,7 @@ A config file builds on `defaults()`:
 import hashlib
 import json
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -325,6 +326,25 @@ def check(config: ConfigDict) -> None:
     paths.check_rules("layers", config.layers, rules.FIELDS)
     paths.check_rules("optimizer.rules", config.optimizer.rules, optim.RULE_FIELDS)
     paths.check_rules("sharding.rules", config.sharding.rules, sharding.RULE_FIELDS)
+
+
+# What a search does without: fields that are for the net which it finds.
+NOT_IN_A_SEARCH = (
+    "train.ema",
+    "teacher.checkpoint",
+    "pretrain.epochs",
+    "builder.budget",
+    "log.products",
+    "log.histograms_every_epochs",
+)
+
+
+def check_off(config: ConfigDict, fields: Iterable[str], why: str) -> None:
+    """Raises a UserError, with the reason, if one of these fields is on, as 'train.ema'."""
+    given = _flatten(config.to_dict())
+    for field in fields:
+        if given[field]:
+            raise UserError(f"{field}={given[field]!r}: {why}")
 
 
 def _check_start(config: ConfigDict, reference: ConfigDict, fields: dict) -> None:

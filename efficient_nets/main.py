@@ -73,7 +73,9 @@ def _run(config, workdir: pathlib.Path) -> None:
             f"search.strategy={config.search.strategy!r}: --mode is one of {', '.join(OF_SEARCH)}; "
             "built_config.py in a search's workdir is the config of the net that it found"
         )
-    if MODE.value == "train" and config.winas != configs.defaults().winas:
+    if (
+        MODE.value == "train" or config.search.strategy
+    ) and config.winas != configs.defaults().winas:
         raise UserError(
             "winas: only --mode=search and --mode=latency heed it; train the config that a search "
             "writes"

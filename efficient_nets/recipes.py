@@ -335,9 +335,9 @@ def enas(precision: str):
     """A net of cells with ENAS's settings (arXiv 1802.03268): SGD, a cosine with restarts.
 
     Where the operands are rounded the stem has kernels of 4 bits and the optimizer is Adam, as the
-    binary, ternary and k-bit cells of the ENAS project have; kernels in cells stay in
-    [-1, 1]. The precisions are better clipped ones: states of cells grow, and a gradient that goes
-    straight through a value that is rounded to 1 grows with each layer.
+    binary, ternary and k-bit cells of the ENAS project have; kernels in cells stay in [-1, 1]. The
+    precisions are better clipped ones: states of cells grow, and a gradient that goes straight
+    through a value that is rounded to 1 grows with each layer.
 
     Args:
       precision: Of the operands, a short form; or 'searched' for one of `CELL_PRECISIONS` each.

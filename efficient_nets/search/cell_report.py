@@ -37,7 +37,7 @@ class Log:
     """Lines, metrics and the history of a search.
 
     Args:
-      search: A `cell_search.Search`.
+      search: A `cell_steps.Search`.
       reporter: Gets lines and scalars.
       meta: What `meta()` gave when the checkpoint was saved that the search goes on from.
     """
@@ -50,7 +50,7 @@ class Log:
         self._means, self._summed = dict(meta.get("means", {})), meta.get("summed_updates", 0)
         self._begin = time.perf_counter() - meta.get("seconds", 0.0)
         self._updates = meta.get("updates", 0)
-        self._pending: list[Mapping] = []
+        self._pending: list[tuple[int, Mapping]] = []
         self._is_first = True
 
     def training_line(self, step: int, means: Mapping[str, float]) -> str:
@@ -64,9 +64,9 @@ class Log:
     def _minutes(self) -> float:
         return (time.perf_counter() - self._begin) / 60
 
-    def push(self, metrics: Mapping) -> None:
+    def push(self, step: int, metrics: Mapping) -> None:
         """Takes the metrics of an update or a step of the strategy, which may be on their way."""
-        self._pending.append(metrics)
+        self._pending.append((step, metrics))
 
     def timed(self, seconds: float) -> None:
         """Counts what the updates of a phase took, all of them settled."""
@@ -86,7 +86,7 @@ class Log:
         """
         taken = len(self._pending) - but
         found, self._pending = jax.device_get(self._pending[:taken]), self._pending[taken:]
-        for one in found:
+        for step, one in found:
             one = {name: float(value) for name, value in one.items()}
             self._updates += 1
             if self._search.by_gradient and not all(map(math.isfinite, one.values())):
@@ -96,6 +96,8 @@ class Log:
             self._summed += 1
             if self._updates % LINE_EVERY == 0 and not self._search.by_gradient:
                 self._reporter.line(f"  update {self._updates:,}  {_values(one)}")
+                of_one = {f"update/{name}": value for name, value in one.items()}
+                self._reporter.record(step, {"update": self._updates, **of_one})
 
     def evaluation(self, step: int, architectures, accuracies, scores: dict) -> dict[str, float]:
         """Prints some architectures and the scores of the best; keeps them; gives the scores."""

@@ -6,7 +6,7 @@
 The weights of the shared net and the strategy learn in turn (ENAS, arXiv 1802.03268, section 2.2):
 
     weights     `search.interval` training batches, each under an architecture that the strategy
-                proposes; what others would have used stays as it is
+                proposes
     strategy    `search.updates` updates, each with the rewards of `search.proposals` architectures
                 on a batch of the validation split
 
@@ -197,7 +197,7 @@ class Loop:
     def _descended(self, state: SearchState, step: int, log) -> SearchState:
         """Behind a step of the logits, which nothing waits for."""
         strategy, metrics = self.learner.descend(state)
-        log.push(metrics)
+        log.push(step, metrics)
         if step % self.search.run.config.log.every_steps == 0:
             log.settle(but=1)
         return state._replace(strategy=strategy)
@@ -210,7 +210,7 @@ class Loop:
             strategy = state.strategy
             for number in self.learner.updates():
                 strategy, metrics = self.learner.update(state.weights, strategy, number)
-                log.push(metrics)
+                log.push(step, metrics)
             log.settle()
             log.timed(time.perf_counter() - begin)
         return state._replace(strategy=strategy)

@@ -161,6 +161,7 @@ def check(config: ConfigDict) -> None:
     others = {name: False for name in strategies.STRATEGIES if name != options.strategy}
     heeded = dict(cost_weight=by_gradient, updates=not by_gradient)
     heeded["exponents"] = options.reward != "accuracy"
+    heeded["target"] = options.reward != "accuracy" or by_gradient
     for field, heeds in (heeded | others).items():
         if not heeds and options[field] != default[field]:
             raise UserError(
@@ -169,16 +170,8 @@ def check(config: ConfigDict) -> None:
             )
     if options.latency and options.cost != cell_costs.LATENCY:
         raise UserError(f"search.latency={options.latency!r}: it is for search.cost='latency'")
-    for field, given in (
-        ("train.ema", config.train.ema),
-        ("teacher.checkpoint", config.teacher.checkpoint),
-        ("pretrain.epochs", config.pretrain.epochs),
-        ("builder.budget", config.builder.budget),
-        ("log.products", config.log.products),
-        ("checkpoint.convert_from", config.checkpoint.convert_from),
-    ):
-        if given:
-            raise UserError(f"{field}={given!r}: a search has none; set it in the built config")
+    why = "a search has none; set it in the built config"
+    configs.check_off(config, (*configs.NOT_IN_A_SEARCH, "checkpoint.convert_from"), why)
 
 
 def _plain(value: Any) -> Any:

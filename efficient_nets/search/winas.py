@@ -154,15 +154,8 @@ def _check(config: ConfigDict) -> None:
             "data.validation='': the architecture learns from images that the weights do not see; "
             "give a split, as data.train='train[:50%]', data.validation='train[50%:]'"
         )
-    for field, given in (
-        ("train.ema", config.train.ema),
-        ("teacher.checkpoint", config.teacher.checkpoint),
-        ("pretrain.epochs", config.pretrain.epochs),
-        ("builder.budget", config.builder.budget),
-        ("log.products", config.log.products),
-    ):
-        if given:
-            raise UserError(f"{field}={given!r}: a search has none; set it in the built config")
+    why = "a search has none; set it in the built config"
+    configs.check_off(config, configs.NOT_IN_A_SEARCH, why)
 
 
 def prepare(
