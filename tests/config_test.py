@@ -6,6 +6,8 @@ import pytest
 from efficient_nets import config as configs
 from efficient_nets.errors import UserError
 
+pytestmark = pytest.mark.every_case
+
 
 def test_defaults_pass_their_own_check():
     configs.check(configs.defaults())

@@ -49,6 +49,7 @@ def test_there_are_configs():
     assert len(FILES) >= 8
 
 
+@pytest.mark.every_case
 @each_config
 def test_a_config_passes_the_check_and_names_the_command_that_runs_it(path):
     config, docstring = load(path)
@@ -65,6 +66,7 @@ def arguments(path):
     return re.findall(rf"--config=configs/{path.name}:(\S+)", path.read_text())
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize(
     ("path", "argument"),
     [(path, argument) for path in FILES for argument in arguments(path)],
@@ -86,6 +88,7 @@ def test_winograd_s_adaptation_is_the_experiment_stretched():
     assert all(rule.keys() == {"match"} for rule in plain.layers)
 
 
+@pytest.mark.every_case
 @each_config_of_a_size
 def test_the_net_has_as_many_parameters_and_macs_as_the_docstring_says(path):
     config, docstring = load(path)
@@ -129,6 +132,7 @@ def test_a_config_fits_eight_devices(path):
     assert experiment.build(config, data.Dataset(info, source, None, source)).mesh.size == 8
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize(
     "path",
     [

@@ -18,11 +18,44 @@ os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 # No test may lean on data sets that someone happens to have prepared.
 os.environ["TFDS_DATA_DIR"] = os.devnull
 
+import collections  # noqa: E402
 import pathlib  # noqa: E402
 import sys  # noqa: E402
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--cases",
+        type=int,
+        metavar="N",
+        help="At most N cases of each parametrised test, evenly spread; 0: all. Without it 6, but "
+        "all of the tests that are marked every_case.",
+    )
+
+
+@pytest.hookimpl(trylast=True)  # behind -m and -k
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what `--cases` is too few for; of a test that the command names nothing else."""
+    most = config.getoption("--cases")
+    cases = collections.defaultdict(list)
+    for item in items:
+        cases[item.nodeid.partition("[")[0]].append(item)
+    kept = set()
+    for of_one in cases.values():
+        every = most is None and of_one[0].get_closest_marker("every_case")
+        kept.update(of_one if every else spread(of_one, 6 if most is None else most))
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
+def spread(cases: list, most: int) -> list:
+    """At most so many of them, the first and the last among these; 0: all."""
+    if not most or len(cases) <= most:
+        return cases
+    return [cases[round(i * (len(cases) - 1) / max(most - 1, 1))] for i in range(most)]
 
 
 def pytest_configure(config):

@@ -7,6 +7,8 @@ import pytest
 from efficient_nets.errors import UserError
 from efficient_nets.ops import precision, quantizers
 
+pytestmark = pytest.mark.every_case
+
 
 def test_float_rounds_nothing():
     for given in ("float", {}, {"kernel": None}, precision.FLOAT):

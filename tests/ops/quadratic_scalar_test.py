@@ -14,6 +14,8 @@ import pytest
 
 from efficient_nets.ops import linear_maps, neurons, quadratic
 
+pytestmark = pytest.mark.every_case
+
 SAMPLES, INPUTS, FEATURES, EPSILON = 5, 3, 2, 1e-3
 # The combined value of an output neuron, from its branches' values.
 FORMULAS = {

@@ -14,6 +14,8 @@ import pytest
 
 from efficient_nets.ops import linear_maps, quantizers
 
+pytestmark = pytest.mark.every_case
+
 # Of float64: a few hundred operations of 1.1e-16 each. A wrong code is off by a whole step.
 TOLERANCE = 1e-12
 SHAPES = {"kernel": (2, 4, 4), "input": (2, 3, 4), "output": (2, 3, 4), "gradient": (2, 3, 4)}
