@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Checks the source and runs the tests; arguments go to pytest.
 #
-#   ./launch/test.sh                                    all but the slow tests, 6 cases of each
+#   ./launch/test.sh                                    all but the slow tests, 4 cases of each
 #   ./launch/test.sh --cases 0                          all of their cases
 #   ./launch/test.sh -m slow                            the slow ones alone
 #   ./launch/test.sh tests/launch_test.py -k stamp      some

@@ -31,7 +31,7 @@ def pytest_addoption(parser):
         "--cases",
         type=int,
         metavar="N",
-        help="At most N cases of each parametrised test, evenly spread; 0: all. Without it 6, but "
+        help="At most N cases of each parametrised test, evenly spread; 0: all. Without it 4, but "
         "all of the tests that are marked every_case.",
     )
 
@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(config, items):
     kept = set()
     for of_one in cases.values():
         every = most is None and of_one[0].get_closest_marker("every_case")
-        kept.update(of_one if every else spread(of_one, 6 if most is None else most))
+        kept.update(of_one if every else spread(of_one, 4 if most is None else most))
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
 
