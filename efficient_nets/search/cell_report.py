@@ -232,7 +232,7 @@ def table(report: dict[str, Any]) -> str:
             *lines[1:],
             "-" * len(lines[0]),
             f"Found (*) with the shared net's weights: {scores}",
-            f"The net to be trained: {costs}",
+            f"The net to be trained, but for its norms: {costs}",
             f"{measured}; {report['seconds'] / 60:.1f} minutes in all",
         ]
     )
