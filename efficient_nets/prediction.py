@@ -10,7 +10,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from PIL import Image
 
-from efficient_nets import data, drawing, experiment, reporting, tasks, workdirs
+from efficient_nets import data, drawing, reporting, tasks, workdirs
 from efficient_nets.data import images as image_files
 from efficient_nets.errors import UserError
 from efficient_nets.tasks.average_precision import Found
@@ -40,7 +40,7 @@ def predict(
         return
     info = _info(config)
     detect = _detector(config, info, folder, which)
-    side = data.stored_shape(config.data, info)
+    side = data.stored_shape(config.data, info.image_shape)
     out = workdir / "predictions"
     out.mkdir(parents=True, exist_ok=True)
     report = {}
@@ -118,16 +118,15 @@ def _stacked(readable, height: int, width: int, channels: int):
 
 def _info(config: ConfigDict) -> data.Info:
     """Of the data set, which must be there only where its mean and deviation are measured."""
-    objects = config.task == "detection"
-    if data.statistics_known(config.data, objects=objects):
-        return data.describe(config.data, objects=objects)
-    return data.load(config.data, objects=objects).info
+    if data.statistics_known(config.data, config.task):
+        return data.describe(config.data, config.task)
+    return data.load(config.data, config.task).info
 
 
 def _detector(config: ConfigDict, info: data.Info, folder: pathlib.Path, which: str):
     """`(images uint8 (N, H, W, C)) -> [Found]`, of the averaged net where the run keeps one."""
     task = tasks.create(config)
-    graph, net = workdirs.restored_net(config, info, task, folder, which)
+    graph, net = workdirs.restored_net(config, info, folder, which)
 
     @jax.jit
     def step(net, images):

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from efficient_nets import analysis
@@ -124,6 +125,14 @@ class Reporter:
             for name, histogram in histograms.items():
                 analysis.add_histogram(self._board, name, histogram, step)
 
+    def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Writes plots/NAME.png, over that of an earlier step, and TensorBoard's of each step."""
+        if self.active:
+            save_pictures(self._workdir, pictures)
+        if self._board is not None:
+            for name, picture in pictures.items():
+                self._board.add_image(name, picture, step, dataformats="HWC")
+
     def line(self, text: str) -> None:
         if self.active:
             self.bar.write(text, file=sys.stdout)
@@ -156,6 +165,16 @@ def _is_share(name: str) -> bool:
     """An accuracy, or an average precision such as ap50 or ap50_cat."""
     metric = name.rpartition("/")[2]
     return metric.endswith("accuracy") or bool(re.fullmatch(r"ap\d*(_.*)?", metric))
+
+
+def save_pictures(workdir: pathlib.Path, pictures: Mapping[str, np.ndarray]) -> list[pathlib.Path]:
+    """Writes plots/NAME.png of each, uint8 `(H, W, 3)`."""
+    written = []
+    for name, picture in pictures.items():
+        written.append(workdir / "plots" / f"{name}.png")
+        written[-1].parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(written[-1])
+    return written
 
 
 def write_report(

@@ -41,7 +41,15 @@ permutation after the last whole batch; evaluation sees every image exactly once
 from efficient_nets.data.augmentation import Augmentation, augment, normalise
 from efficient_nets.data.batches import eval_batches, gather, train_batches
 from efficient_nets.data.detection_augmentation import DetectionAugmentation, augment_detection
-from efficient_nets.data.sources import Dataset, Info, Source, describe, load
+from efficient_nets.data.sources import (
+    Dataset,
+    Info,
+    Source,
+    describe,
+    load,
+    statistics_known,
+    stored_shape,
+)
 
 __all__ = [
     "Augmentation",
@@ -57,6 +65,8 @@ __all__ = [
     "gather",
     "load",
     "normalise",
+    "statistics_known",
+    "stored_shape",
     "train_batches",
 ]
 

@@ -1,7 +1,7 @@
 """Augmentation for detectors on the device, as SSD's (arXiv 1512.02325, section 2.2).
 
-Every image has its own key, and its boxes go where its pixels go. Expansion, crop, flip and the net's
-size are one window of the stored image, resampled once.
+Every image has its own key, and its boxes go where its pixels go. Expansion, crop, flip and the
+net's size are one window of the stored image, resampled once.
 """
 
 import dataclasses

@@ -15,6 +15,7 @@ from efficient_nets.errors import UserError
 
 STORAGE = ("auto", "memory", "stream")
 SPLITS = ("train", "validation", "test")
+DETECTION = "detection"  # the task whose images have labelled boxes
 
 # Mean and standard deviation by channel of the training images in [0, 1].
 STATISTICS = {
@@ -181,24 +182,25 @@ class Dataset:
     test: Source | None
 
 
-def load(config, *, objects: bool = False) -> Dataset:
+def load(config, task: str = "classification") -> Dataset:
     """Opens the data set of `config.data` (fields: `efficient_nets.data`).
 
     Args:
       config: That section.
-      objects: Whether it is a set of images with labelled boxes, see `ObjectSource`.
+      task: What it is for, as `config.task`; for detection its splits are `ObjectSource`s.
 
     Raises:
       UserError: a field has a value that is not allowed or does not fit the set, the set is
         unknown, not prepared or not reachable, or an image cannot be read.
     """
     _check(config)
+    objects = task == DETECTION
     collection = _collection(config, objects)
     varied = None in collection.image_shape and not objects
     shape = _image_shape(config, collection)
     stored, make = shape, Source
     if objects:
-        stored = (*(config.stored_size or -(-side * 9 // 8) for side in shape[:2]), shape[-1])
+        stored = stored_shape(config, shape)
         make = functools.partial(ObjectSource, max_boxes=config.max_boxes)
     known = _known_statistics(config, collection.name, shape[-1])
     sources = {}
@@ -226,13 +228,25 @@ def load(config, *, objects: bool = False) -> Dataset:
     return Dataset(info, *(sources.get(split) for split in SPLITS))
 
 
-def describe(config, *, objects: bool = False) -> Info:
+def stored_shape(config, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Of the images of a detection set as they are kept, for a net that takes that shape."""
+    height, width = (config.stored_size or -(-side * 9 // 8) for side in shape[:2])
+    return height, width, shape[-1]
+
+
+def statistics_known(config, task: str = "classification") -> bool:
+    """Whether mean and deviation are known or given, so that `describe` says what `load` does."""
+    collection = _collection(config, task == DETECTION, prepared=False)
+    return _known_statistics(config, collection.name, collection.image_shape[-1]) is not None
+
+
+def describe(config, task: str = "classification") -> Info:
     """What `load(config).info` says of names and shapes, without the data: it need not be prepared.
 
     Mean and standard deviation are those known of the set, else 0 and 1.
     """
     _check(config)
-    collection = _collection(config, objects, prepared=False)
+    collection = _collection(config, task == DETECTION, prepared=False)
     shape = _image_shape(config, collection)
     channels = shape[-1]
     mean, std = _known_statistics(config, collection.name, channels) or (

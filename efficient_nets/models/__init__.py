@@ -50,7 +50,7 @@ MODELS = {
 }
 
 # What architectures are for, as `config.task` calls it; those that are not here classify.
-TASKS: dict[str, str] = {}
+TASKS = {"ssd": "detection"}
 
 # Options of published variants, by architecture and their own name.
 PRESETS = {"resnet": resnet.PRESETS}

@@ -108,9 +108,7 @@ class SSD(nnx.Module):
         del self.backbone.head
         strides, features = (list(x) for x in zip(*self.backbone.levels, strict=True))
         if first_stride not in strides:
-            raise UserError(
-                f"model.first_stride={first_stride}: {backbone!r} has maps of {strides}"
-            )
+            raise UserError(f"model.first_stride={first_stride}: {backbone!r} has {strides}")
         self.first = strides.index(first_stride)
         features = features[self.first :]
 
@@ -143,8 +141,8 @@ class SSD(nnx.Module):
             raise UserError(f"image_shape={image_shape}: too small for a detector's maps")
         if scales and (len(scales) != len(features) or not 0 < min(scales) <= max(scales) <= 1):
             raise UserError(
-                f"model.scales={scales}: give one for each of the {len(features)} maps, above 0 and "
-                "at most 1"
+                f"model.scales={scales}: give one for each of the {len(features)} maps, above 0 "
+                "and at most 1"
             )
         self.priors, self.classes = Priors.of_ssd(len(features), scales), num_classes + 1
 
