@@ -5,7 +5,6 @@ import errno
 import json
 import math
 import pathlib
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from efficient_nets import analysis
+from efficient_nets.analysis.curves import is_share
 from efficient_nets.errors import TrainingDiverged
 
 
@@ -156,15 +156,9 @@ def evaluation_line(epoch: float, step: int, scalars: Mapping[str, float]) -> st
 def scores_line(scalars: Mapping[str, float]) -> str:
     """`test/loss 0.3102  test/accuracy 91.20%`: shares in percent, others as they are."""
     return "  ".join(
-        f"{name} {100 * value:.2f}%" if _is_share(name) else f"{name} {value:.4f}"
+        f"{name} {100 * value:.2f}%" if is_share(name.rpartition("/")[2]) else f"{name} {value:.4f}"
         for name, value in scalars.items()
     )
-
-
-def _is_share(name: str) -> bool:
-    """An accuracy, or an average precision such as ap50 or ap50_cat."""
-    metric = name.rpartition("/")[2]
-    return metric.endswith("accuracy") or bool(re.fullmatch(r"ap\d*(_.*)?", metric))
 
 
 def save_pictures(workdir: pathlib.Path, pictures: Mapping[str, np.ndarray]) -> list[pathlib.Path]:
