@@ -2,7 +2,8 @@
 
     python -m efficient_nets.main --config=configs/qssd_bccd.py --workdir=runs/qssd_bccd
     python -m efficient_nets.main --config=configs/qssd_bccd.py:linear
-    python -m efficient_nets.main --config=configs/qssd_bccd.py --mode=predict --input=IMAGE_OR_FOLDER
+    python -m efficient_nets.main --config=configs/qssd_bccd.py --workdir=runs/qssd_bccd \\
+        --mode=predict --step=best --input=IMAGE_OR_FOLDER
 
 4,026,784 parameters, 338 M MACs; linear 1,661,728 and 146 M. RESULT
 """
@@ -20,7 +21,7 @@ def get_config(neuron: str = "quadratic"):
         config.layers = (dict(recipes.QUADRATIC_DETECTOR),)
     config.data.name = "bccd"
     config.data.validation = "validation"
-    config.data.image_size = 160
+    config.data.image_size = 128
     config.data.max_boxes = 40
     config.data.flip = True
     config.detection.expand = 1.5
@@ -31,6 +32,6 @@ def get_config(neuron: str = "quadratic"):
     config.schedule.warmup_epochs = 2.0
     config.train.epochs = 20.0
     config.train.batch_size = config.evaluate.batch_size = 16
-    config.evaluate.every_epochs = config.checkpoint.every_epochs = 5.0
+    config.evaluate.every_epochs = config.checkpoint.every_epochs = 10.0
     config.log.every_steps = 12
     return config

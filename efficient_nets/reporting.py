@@ -20,7 +20,6 @@ from efficient_nets import analysis
 from efficient_nets.analysis.curves import is_share
 from efficient_nets.errors import TrainingDiverged
 
-
 MOST_CLASSES = 10  # whose scores a line shows
 
 
