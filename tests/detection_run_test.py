@@ -53,7 +53,11 @@ def get_config(task="detection"):
         return config
     config.task = "detection"
     config.model = configs.model("ssd", backbone="vgg", **backbone)
-    config.layers = (dict(match="^backbone/stage[23]", neuron="ours", norm="branch"),)
+    config.layers = (
+        dict(match="^backbone/stage[23]", neuron="ours", norm="branch"),
+        dict(match="^backbone/stage5", algorithm="winograd:2"),
+        dict(match="^levels", precision="lsq:w4a4"),
+    )
     config.data.name, config.data.dir = "squares", {folder!r}
     config.data.mean, config.data.std = (0.5,) * 3, (0.25,) * 3
     config.data.max_boxes = 2
