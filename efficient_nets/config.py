@@ -24,7 +24,7 @@ from efficient_nets.errors import UserError
 from efficient_nets.layers import rules
 from efficient_nets.ops.quantizers import CALIBRATIONS
 from efficient_nets.search import rewards, strategies
-from efficient_nets.tasks import classification
+from efficient_nets.tasks import classification, detection
 
 PRETRAINED = "pretrain"  # teacher.checkpoint: the net in float of config.pretrain
 # A run may be resumed with other values here: they do not change what is computed.
@@ -76,6 +76,8 @@ BOUNDS = {
             *("calibration.batch_size", "calibration.norm_batches", "deploy.bias_correction"),
             *("pretrain.epochs", "winas.warmup_epochs", "winas.cost_weight"),
             *("schedule.warmup_epochs", "schedule.end_value", "log.histograms_every_epochs"),
+            *("detection.negatives", "detection.box_weight", "detection.drawn"),
+            "detection.drawn_score",
         ),
     ),
     "above 0 and at most 1": (lambda x: 0 < x <= 1, ("teacher.weight",)),
@@ -285,6 +287,7 @@ def defaults() -> ConfigDict:
             bias_correction=0,
         )
     )
+    config.detection = ConfigDict(detection.defaults())
     config.sharding = ConfigDict(
         dict(
             fsdp=1,  # devices over which matching parameters are cut; the rest are data parallel

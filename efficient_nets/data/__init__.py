@@ -1,4 +1,4 @@
-"""Image classification data: from a name in a config to normalised batches on the device.
+"""Image data: from a name in a config to normalised batches on the device.
 
 The only room that knows TensorFlow Datasets (TFDS); nothing here imports TensorFlow but
 `prepare.py`, which a person runs once for each set.
@@ -11,7 +11,9 @@ The only room that knows TensorFlow Datasets (TFDS); nothing here imports Tensor
 Fields of `config.data` (`defaults()` gives the defaults, shown here):
 
     name='cifar10'         a TFDS name; 'digits' (scikit-learn's); 'folder:PATH' for the images in
-                           PATH/<split>/<class>/, or in PATH/<class>/ as one split 'train'
+                           PATH/<split>/<class>/, or in PATH/<class>/ as one split 'train'.
+                           Detection: a TFDS name; 'voc/2007+2012' joins configs of one set, whose
+                           splits are 'train_2007', 'train_2012', ...
     dir=''                 TFDS data_dir; '' is $TFDS_DATA_DIR or ~/tensorflow_datasets
     train='train'          split strings as in TFDS: 'train[:90%]', 'train[90%:]', 'train+test';
     validation=''          '' is no such split. The images of 'digits' and of folders are put into a
@@ -30,6 +32,9 @@ Fields of `config.data` (`defaults()` gives the defaults, shown here):
     flip=False             mirror left-right, half of the images
     cutout=0               side of a square set to 0 after normalising
     mixup=0.0              alpha of the Beta distribution of the mixing weight; 0 is off
+    stored_size=0          detection: side of the images as they are kept, of which training shows
+                           parts; 0 is an eighth more than image_size
+    max_boxes=100          detection: objects that an image may have
 
 Crop, flip, cutout and mixup act on training alone. Training drops what is left of each epoch's
 permutation after the last whole batch; evaluation sees every image exactly once.
@@ -37,20 +42,33 @@ permutation after the last whole batch; evaluation sees every image exactly once
 
 from efficient_nets.data.augmentation import Augmentation, augment, normalise
 from efficient_nets.data.batches import eval_batches, gather, train_batches
-from efficient_nets.data.sources import Dataset, Info, Source, describe, load
+from efficient_nets.data.detection_augmentation import DetectionAugmentation, augment_detection
+from efficient_nets.data.sources import (
+    Dataset,
+    Info,
+    Source,
+    describe,
+    load,
+    statistics_known,
+    stored_shape,
+)
 
 __all__ = [
     "Augmentation",
     "Dataset",
+    "DetectionAugmentation",
     "Info",
     "Source",
     "augment",
+    "augment_detection",
     "defaults",
     "describe",
     "eval_batches",
     "gather",
     "load",
     "normalise",
+    "statistics_known",
+    "stored_shape",
     "train_batches",
 ]
 
@@ -73,4 +91,6 @@ def defaults() -> dict:
         flip=False,
         cutout=0,
         mixup=0.0,
+        stored_size=0,
+        max_boxes=100,
     )

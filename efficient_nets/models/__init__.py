@@ -26,6 +26,7 @@ from efficient_nets.models.resnet import ResNet
 from efficient_nets.models.resnext import ResNeXt
 from efficient_nets.models.rnn import RNN
 from efficient_nets.models.squeezenet import SqueezeNet
+from efficient_nets.models.ssd import SSD
 from efficient_nets.models.tnn import TNN, ConvTNN
 from efficient_nets.models.vgg import VGG
 
@@ -45,10 +46,11 @@ MODELS = {
     "conv_tnn": ConvTNN,
     "rnn": RNN,
     "cells": Cells,
+    "ssd": SSD,
 }
 
 # What architectures are for, as `config.task` calls it; those that are not here classify.
-TASKS: dict[str, str] = {}
+TASKS = {"ssd": "detection"}
 
 # Options of published variants, by architecture and their own name.
 PRESETS = {"resnet": resnet.PRESETS}
