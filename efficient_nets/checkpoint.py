@@ -31,6 +31,7 @@ from efficient_nets.errors import UserError
 from efficient_nets.ops.checksum import checksum
 
 BEST_METRIC = "validation/accuracy"
+SIGNS = {"max": 1, "min": -1}  # by which a metric is greatest where it is best
 
 
 class CheckpointError(UserError):
@@ -49,7 +50,8 @@ class Checkpoints:
     Args:
       directory: on a file system that all processes share.
       keep: how many of the newest are kept, at least 1. Damaged ones do not count, and go.
-      best_metric: a name in `metrics`; the checkpoint where it is greatest is kept as well.
+      best_metric: a name in `metrics`; the checkpoint where it is best is kept as well.
+      best_mode: whether the best is the greatest, 'max', or the least, 'min'.
       create: makes the directory, and clears it of what a killed run left unfinished. False is for
         readers: it writes nothing, so the run that owns the directory may be going on.
 
@@ -57,11 +59,21 @@ class Checkpoints:
       CheckpointError: the directory cannot be written.
     """
 
-    def __init__(self, directory, *, keep: int = 3, best_metric=BEST_METRIC, create: bool = True):
+    def __init__(
+        self,
+        directory,
+        *,
+        keep: int = 3,
+        best_metric: str = BEST_METRIC,
+        best_mode: str = "max",
+        create: bool = True,
+    ):
         if keep < 1:
             raise ValueError(f"keep={keep}: at least one checkpoint has to be kept")
+        if best_mode not in SIGNS:
+            raise ValueError(f"best_mode={best_mode!r}: allowed are {', '.join(SIGNS)}")
         self.directory = Path(directory).absolute()
-        self.keep, self.best_metric = keep, best_metric
+        self.keep, self.best_metric, self.best_mode = keep, best_metric, best_mode
         self._manager = None
         self._saving: int | None = None  # the step that is being written in the background
         self._last: dict = {}  # the record last written or verified
@@ -222,19 +234,26 @@ class Checkpoints:
         return _of_process_0([step for step in ranked if scores[step] > -math.inf])
 
     def _score(self, step: int) -> float:
-        """The metric of a saved step; -inf if it has none, inf if its record is damaged."""
+        """`_rank` of a saved step; inf if its record is damaged."""
         try:
             return self._rank(_read_record(self.directory, step))
         except Exception:
             return math.inf
 
     def _rank(self, record: dict) -> float:
+        """The metric with the sign that makes the best the greatest; -inf if it has none."""
         score = float(np.float32((record["metrics"] or {}).get(self.best_metric, math.nan)))
-        return score if math.isfinite(score) else -math.inf
+        return SIGNS[self.best_mode] * score if math.isfinite(score) else -math.inf
 
 
 def restore_params(
-    directory, like, which: str | int = "newest", *, partial: bool = False, best_metric=BEST_METRIC
+    directory,
+    like,
+    which: str | int = "newest",
+    *,
+    partial: bool = False,
+    best_metric: str = BEST_METRIC,
+    best_mode: str = "max",
 ) -> tuple:
     """Part of the state that another run saved in `directory`, without knowing the rest of it.
 
@@ -244,6 +263,7 @@ def restore_params(
       which: as in `Checkpoints.restore`.
       partial: True leaves a leaf that the checkpoint does not have, or has with another shape or
         dtype, as it is in `like`; False makes it an error.
+      best_metric, best_mode: as of `Checkpoints`, for `which` of 'best'.
 
     Returns:
       `(tree, left, step)`: `like` with the leaves restored, and `{path: reason}` of those left.
@@ -253,7 +273,7 @@ def restore_params(
         where `partial` if not a single leaf fits.
     """
     asked, treedef = _flatten(like)
-    checkpoints = Checkpoints(directory, best_metric=best_metric, create=False)
+    checkpoints = Checkpoints(directory, best_metric=best_metric, best_mode=best_mode, create=False)
     if (found := checkpoints._restore(asked, which, partial=partial)) is None:
         raise CheckpointError(f"{directory} holds no checkpoint")
     leaves, record = found

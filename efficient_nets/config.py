@@ -19,7 +19,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from efficient_nets import data, models, names, optim, paths, sharding
+from efficient_nets import data, models, names, optim, paths, sharding, tasks
 from efficient_nets.errors import UserError
 from efficient_nets.layers import rules
 from efficient_nets.ops.quantizers import CALIBRATIONS
@@ -117,6 +117,7 @@ def defaults() -> ConfigDict:
     """
     config = ConfigDict()
     config.seed = 0
+    config.task = "classification"  # what the net is trained for, a key of tasks.TASKS
     config.model = model("resnet", depth=20)
     config.layers = ()  # rules for layers.convert, first match wins
     config.dtype = "float32"  # compute type of the products: float32 or bfloat16
@@ -313,6 +314,7 @@ def check(config: ConfigDict) -> None:
         for field in bounded:
             if not (holds(fields[field]) and math.isfinite(fields[field])):
                 raise UserError(f"{field}={fields[field]}: must be {allowed} and finite")
+    _check_task(config, reference, fields)
     _check_start(config, reference, fields)
     if not config.builder.budget and config.builder != reference.builder:
         raise UserError("builder.budget='': without one the other fields of builder do nothing")
@@ -345,6 +347,22 @@ def check_off(config: ConfigDict, fields: Iterable[str], why: str) -> None:
     for field in fields:
         if given[field]:
             raise UserError(f"{field}={given[field]!r}: {why}")
+
+
+def _check_task(config: ConfigDict, reference: ConfigDict, fields: dict) -> None:
+    """That the net is for the task, and that no field is set which is for another task alone."""
+    task = config.task
+    names.pick("task", task, tasks.TASKS)
+    if (own := models.task(config.model.name)) != task:
+        raise UserError(f"model.name={config.model.name!r}: it is for task={own!r}, not {task!r}")
+    defaults = _flatten(reference.to_dict())
+    for field, value in fields.items():
+        heeding = tasks.heeding("fields", field)
+        if task not in heeding and value != defaults[field]:
+            raise UserError(
+                f"{field}={value!r}: only task={' or '.join(heeding)} heeds it, and this one is "
+                f"{task!r}"
+            )
 
 
 def _check_start(config: ConfigDict, reference: ConfigDict, fields: dict) -> None:

@@ -1,40 +1,44 @@
-"""Accuracy of a train state over a whole split: every sample once, none augmented."""
+"""Scores of a train state over a whole split: every sample once, none augmented."""
 
 import functools
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import jax
 from flax import nnx
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from efficient_nets import data, experiment, reporting, sharding, workdirs
 from efficient_nets.experiment import Experiment, TrainState
+from efficient_nets.feeding import eval_batches, put_resident
 from efficient_nets.tasks import classification
 
 
 class Evaluator:
-    """Evaluates one split. A split that fits lies on the devices.
+    """Evaluates a classifier on one split. A split that fits lies on the devices.
 
     Args:
       run: The experiment.
       split: Its name.
-      step: `compiled(run)`, which several evaluators may share.
+      step: `Evaluator.compiled(run)`, which several evaluators may share.
     """
 
     def __init__(self, run: Experiment, split: str, step=None):
         self.split = split
         self._run = run
-        self._source = getattr(run.dataset, split)
         self._resident = put_resident(run, split)
-        self._step, self._gather = step or compiled(run), jax.jit(data.gather)
+        self._step, self._gather = step or self.compiled(run), jax.jit(data.gather)
+
+    @staticmethod
+    def compiled(run: Experiment):
+        """What scores one batch's images: one program for batches of all splits."""
+        return jax.jit(functools.partial(_step, run), donate_argnums=2)
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """`{'<split>/loss': x, '<split>/accuracy': y}`, of the averaged net if there is one."""
         net, scores = state.net, self._empty_scores()
-        for batch in self._batches():
+        for batch in eval_batches(self._run, self.split):
             scores = self._step(net, self._gather(self._resident, batch), scores)
         return {f"{self.split}/{k}": v for k, v in classification.summarise(scores).items()}
 
@@ -43,7 +47,7 @@ class Evaluator:
 
         The least, as whatever else the machine does can only add to it.
         """
-        batches, net, times = self._batches(), state.net, []
+        batches, net, times = eval_batches(self._run, self.split), state.net, []
         batch = self._gather(self._resident, next(batches))
         batches.close()
         for _ in range(1 + repeats):  # the first may compile
@@ -57,14 +61,9 @@ class Evaluator:
         scores = jax.device_get(self._run.task.empty_scores())
         return sharding.put_replicated(scores, self._run.mesh)
 
-    def _batches(self) -> Iterator[dict]:
-        mesh = self._run.mesh
-        size = sharding.round_up(self._run.config.evaluate.batch_size, mesh)
-        batches = data.eval_batches(self._source, size, rows=sharding.process_rows(size))
-        total = -(-len(self._source) // size)
-        hidden = jax.process_index() > 0
-        for batch in tqdm(batches, self.split, total, leave=False, delay=5, disable=hidden):
-            yield sharding.put_batch(batch, mesh)
+
+# By task: each is made and called as `Evaluator` is, with what `compiled` gives for all splits.
+EVALUATORS = {"classification": Evaluator}
 
 
 def evaluate(config: ConfigDict, workdir: pathlib.Path, folder: pathlib.Path, which: str) -> None:
@@ -83,11 +82,6 @@ def evaluate(config: ConfigDict, workdir: pathlib.Path, folder: pathlib.Path, wh
     workdirs.write_eval(workdir, {"step": step, "checkpoint": str(folder)} | scores)
 
 
-def compiled(run: Experiment):
-    """What scores one batch's images: one program for batches of all splits."""
-    return jax.jit(functools.partial(_step, run), donate_argnums=2)
-
-
 def _step(run: Experiment, net, batch, scores):
     model = nnx.merge(run.graph, net["params"], net["stats"])
     model.eval()
@@ -96,20 +90,19 @@ def _step(run: Experiment, net, batch, scores):
     return scores.merge(new)
 
 
-def put_resident(run: Experiment, split: str) -> dict | None:
-    """A split's uint8 arrays on every device, or None where it streams."""
-    resident = getattr(run.dataset, split).resident
-    return None if resident is None else sharding.put_replicated(resident, run.mesh)
+# Of a state, `{'<split>/<metric>': x}`, the same on every process.
+Evaluate = Callable[[TrainState], dict[str, float]]
 
 
-def evaluators(run: Experiment) -> list[Evaluator]:
+def evaluators(run: Experiment) -> list[Evaluate]:
     """One for each split there is; the first is the one that selects the best checkpoint."""
     splits = [name for name in ("validation", "test") if getattr(run.dataset, name) is not None]
-    step = compiled(run)
-    return [Evaluator(run, split, step) for split in splits]
+    kind = EVALUATORS[run.task.name]
+    step = kind.compiled(run)
+    return [kind(run, split, step) for split in splits]
 
 
-def evaluate_all(evaluators: list[Evaluator], state: TrainState) -> dict[str, float]:
+def evaluate_all(evaluators: list[Evaluate], state: TrainState) -> dict[str, float]:
     """Scores on all splits."""
     scores = {}
     for evaluator in evaluators:

@@ -12,9 +12,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from efficient_nets import config as configs
-from efficient_nets import data, layers, models, optim, paths, sharding
+from efficient_nets import data, layers, models, optim, paths, sharding, tasks
 from efficient_nets.errors import UserError
-from efficient_nets.tasks.classification import LOSSES, Classification
 
 
 class TrainState(NamedTuple):
@@ -50,6 +49,7 @@ class Experiment:
       config: The checked config.
       mesh: The devices.
       dataset: See `data.load`.
+      task: What the net is trained for.
       graph: The net without its arrays; `nnx.merge(graph, params, stats)` is the net.
       abstract: A `TrainState` of shapes with shardings.
       epoch_steps: Steps an epoch.
@@ -59,7 +59,7 @@ class Experiment:
     config: ConfigDict
     mesh: Mesh
     dataset: data.Dataset
-    task: Classification
+    task: tasks.Task
     graph: nnx.GraphDef
     optimizer: Any
     rate: optim.Schedule
@@ -158,7 +158,7 @@ def build(config: ConfigDict, dataset: data.Dataset, *, training: bool = True) -
         config=config,
         mesh=mesh,
         dataset=dataset,
-        task=Classification(config.train.label_smoothing, LOSSES[config.train.loss]),
+        task=tasks.create(config),
         graph=graph,
         optimizer=optimizer,
         rate=rate,

@@ -12,7 +12,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from efficient_nets import config as configs
-from efficient_nets import data, errors, experiment, names, sharding, workdirs
+from efficient_nets import data, errors, experiment, names, sharding, tasks, workdirs
 from efficient_nets.deployment import make_deployable
 from efficient_nets.errors import TrainingDiverged, UserError
 from efficient_nets.evaluation import evaluate
@@ -66,6 +66,11 @@ def _run(config, workdir: pathlib.Path) -> None:
             raise UserError(f"--{flag.name}={flag.value}: only --mode={modes} may have it")
     folder = names.local_folder("--checkpoint", CHECKPOINT.value or str(workdir))
     configs.check(config)
+    if config.task not in (having := tasks.heeding("modes", MODE.value)):
+        raise UserError(
+            f"--mode={MODE.value}: only task={' or '.join(having)} has it, and this one is "
+            f"{config.task!r}"
+        )
     if MODE.value == "train" and config.mixed != configs.defaults().mixed:
         raise UserError("mixed: only --mode=sensitivity heeds it; train the config that it writes")
     if config.search.strategy and MODE.value not in OF_SEARCH:

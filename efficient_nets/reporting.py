@@ -5,9 +5,10 @@ import errno
 import json
 import math
 import pathlib
+import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -88,9 +89,9 @@ class Reporter:
             )
         self.bar = progress(total_steps, unit="step", initial=first_step, dynamic_ncols=True)
 
-    def advance(self, steps: int, images_per_second: float, loss: float) -> None:
+    def advance(self, steps: int, images_per_second: float, losses: Mapping[str, float]) -> None:
         rate = f"{images_per_second:,.0f} images/s, " if images_per_second else ""
-        self.bar.set_postfix_str(f"{rate}loss {loss:.4f}", refresh=False)
+        self.bar.set_postfix_str(f"{rate}{scores_line(losses)}", refresh=False)
         self.bar.update(steps)
 
     def leave_out(self, seconds: float) -> None:
@@ -140,11 +141,21 @@ class Reporter:
 
 def evaluation_line(epoch: float, step: int, scalars: Mapping[str, float]) -> str:
     """One line an evaluation: `epoch 3  step 1,170  validation/accuracy 91.2%  ...`."""
-    parts = [f"epoch {epoch:g}", f"step {step:,}"]
-    for name, value in scalars.items():
-        percent = name.endswith("accuracy")
-        parts.append(f"{name} {100 * value:.2f}%" if percent else f"{name} {value:.4f}")
-    return "  ".join(parts)
+    return f"epoch {epoch:g}  step {step:,}  {scores_line(scalars)}"
+
+
+def scores_line(scalars: Mapping[str, float]) -> str:
+    """`test/loss 0.3102  test/accuracy 91.20%`: shares in percent, others as they are."""
+    return "  ".join(
+        f"{name} {100 * value:.2f}%" if _is_share(name) else f"{name} {value:.4f}"
+        for name, value in scalars.items()
+    )
+
+
+def _is_share(name: str) -> bool:
+    """An accuracy, or an average precision such as ap50 or ap50_cat."""
+    metric = name.rpartition("/")[2]
+    return metric.endswith("accuracy") or bool(re.fullmatch(r"ap\d*(_.*)?", metric))
 
 
 def write_report(
@@ -185,6 +196,12 @@ def write_json(path: pathlib.Path, value: Mapping) -> None:
 def _is_peak(name: str) -> bool:
     """Of whose values over some steps the largest is told, not the mean."""
     return name.endswith("_max")
+
+
+def _losses(metrics: Iterable[str]) -> list[str]:
+    """Names of what a step makes less: its loss, or where several nets have their own, all."""
+    names = list(metrics)
+    return ["loss"] if "loss" in names else [name for name in names if name.endswith("_loss")]
 
 
 def _with_split(name: str) -> str:
@@ -265,10 +282,11 @@ class Meter:
             self._reporter.leave_out(self._rate_from - self._start)
         else:
             self._rate_images += count * self._batch_size
-        self._reporter.advance(count, self.images_per_second, float(rows["loss"][-1]))
+        losses = {name: float(rows[name][-1]) for name in _losses(rows)}
+        self._reporter.advance(count, self.images_per_second, losses)
 
     def _add(self, step: int, values: Mapping[str, float]) -> None:
-        for name in ("loss", "gradient_norm", "parameter_norm"):
+        for name in (*_losses(values), "gradient_norm", "parameter_norm"):
             if not math.isfinite(values[name]):
                 raise TrainingDiverged(f"{name} is {values[name]} at step {step}{_where(values)}")
         for name, value in values.items():

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import logging
 from flax import nnx
 from jax import lax
@@ -31,11 +30,11 @@ from efficient_nets import (
     experiment,
     inspection,
     layers,
-    optim,
     paths,
     pretraining,
     reporting,
     sharding,
+    updates,
     workdirs,
 )
 from efficient_nets import config as configs
@@ -74,7 +73,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     checkpoints = Checkpoints(
         workdir / "checkpoints",
         keep=config.checkpoint.keep,
-        best_metric=workdirs.best_metric(dataset),
+        best_metric=workdirs.best_metric(run),
+        best_mode=run.task.best_mode,
     )
     state, meta = _start(run, checkpoints, before)
     reporter = reporting.Reporter(
@@ -216,7 +216,7 @@ def train_steps(
     Returns:
       The new state, and metrics, each `(count,)` or a scalar for one step.
     """
-    one = functools.partial(train_step, run)
+    one = functools.partial(STEPS[run.task.name], run)
     if count == 1:
         return one(state, batch, resident, teacher)
     return lax.scan(lambda state, batch: one(state, batch, resident, teacher), state, batch)
@@ -229,34 +229,30 @@ def train_step(
     resident: dict | None,
     teacher: Teacher | None = None,
 ):
-    """One step: gather, augment, loss, gradient, update. Pure."""
+    """One supervised step: gather, augment, loss, gradient, update. Pure."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     batch = data.gather(resident, batch)
-    images, labels = data.augment(
-        key,
-        batch["image"],
-        batch["label"],
-        spec=data.Augmentation.from_config(run.config.data),
-        info=run.dataset.info,
+    images, targets = run.task.inputs(
+        key, batch, config_data=run.config.data, info=run.dataset.info
     )
 
-    state = _advanced(run, state)
+    state = updates.advanced(run, state)
 
     def loss_fn(params):
         model = nnx.merge(run.graph, params, state.stats)
         model.train()
         with layers.collecting("losses") as losses, layers.collecting("auxiliary") as heads:
-            logits, peaks = (
+            outputs, peaks = (
                 _watched(model, images) if run.config.log.products else (model(images), {})
             )
-        loss, metrics = run.task.loss(logits, labels)
+        loss, metrics = run.task.loss(outputs, targets)
         if teacher is not None:
             weight, temperature = run.config.teacher.weight, run.config.teacher.temperature
-            soft = run.task.distillation_loss(logits, teacher.logits(images), temperature)
+            soft = run.task.distillation_loss(outputs, teacher.logits(images), temperature)
             metrics["distillation_loss"] = soft
             loss = (1 - weight) * loss + weight * soft
         if heads:
-            parts = [net.auxiliary * run.task.loss(own, labels)[0] for net, own in heads]
+            parts = [net.auxiliary * run.task.loss(own, targets)[0] for net, own in heads]
             metrics["auxiliary_loss"] = sum(parts)
             loss = loss + metrics["auxiliary_loss"]
         if losses:
@@ -265,83 +261,28 @@ def train_step(
         if penalties := [layer.penalty for _, layer in layers.layers(model) if layer.has_penalty]:
             metrics["rank_lasso"] = sum(penalties)
             loss = loss + metrics["rank_lasso"]
-        return loss, (_stats(model), metrics | peaks)
+        return loss, (updates.stats_of(model), metrics | peaks)
 
     gradient, (stats, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
-    updates, optimizer = run.optimizer.update(gradient, state.optimizer, state.params)
-    params = _held(run, state, optax.apply_updates(state.params, updates))
-    accumulate = run.config.optimizer.accumulate
-    metrics["gradient_norm"] = optax.tree.norm(gradient)
-    metrics["parameter_norm"] = optax.tree.norm(params)
-    metrics["learning_rate"] = jnp.asarray(run.rate(state.step // accumulate), jnp.float32)
-    return TrainState(
-        step=state.step + 1,
-        key=state.key,
-        params=params,
-        stats=stats,
-        optimizer=optimizer,
-        ema=_moved(run, state, params, stats),
-    ), metrics
+    state, of_update = updates.updated(run, state, gradient, stats)
+    return state, metrics | of_update
 
 
-def _held(run: Experiment, state: TrainState, params):
-    """The parameters with the ranges that their schedules have frozen as they were."""
-    models = [nnx.merge(run.graph, found, state.stats) for found in (params, state.params)]
-    new, old = (
-        [found for _, found in layers.ranges(model) if found.quantizer.scheduled]
-        for model in models
-    )
-    if not new:
-        return params
-    layers.hold(new, old)
-    return nnx.to_pure_dict(nnx.state(models[0], nnx.Param))
-
-
-def _advanced(run: Experiment, state: TrainState) -> TrainState:
-    """The state with the quantizers, the averaged net's too, where their schedules are now."""
-    epoch = state.step.astype(jnp.float32) / run.epoch_steps
-
-    def advanced(params, stats):
-        model = nnx.merge(run.graph, params, stats)
-        scheduled = [found for _, found in layers.ranges(model) if found.quantizer.scheduled]
-        if not scheduled:
-            return {"params": params, "stats": stats}
-        layers.advance(scheduled, epoch)
-        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-        return {"params": params, "stats": _stats(model)}
-
-    ema = advanced(**state.ema) if state.ema else state.ema
-    return state._replace(**advanced(state.params, state.stats), ema=ema)
+# The step of a task: `(run, state, batch, resident, teacher)` gives the new state, and metrics that
+# hold a loss, or several names that end in _loss, and those of `updates.updated`. Pure.
+STEPS = {"classification": train_step}
 
 
 def _watched(model: nnx.Module, images):
-    """Logits, and the largest magnitude of each layer's products, over all its calls."""
+    """Outputs, and the largest magnitude of each layer's products, over all its calls."""
     paths_of = {id(layer): path for path, layer in layers.layers(model)}
     with layers.collecting("peaks") as peaks:
-        logits = model(images)
+        outputs = model(images)
     largest = {}
     for layer, peak in peaks:
         name = f"{paths_of[id(layer)].replace('/', '.')}/product_max"
         largest[name] = jnp.maximum(largest.get(name, peak), peak)
-    return logits, largest
-
-
-def _stats(model: nnx.Module):
-    return nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
-
-
-def _moved(run: Experiment, state: TrainState, params, stats):
-    """The moving average, a step on; what is not of a float type, as counts, stays the net's."""
-    decay = run.config.train.ema
-    if not decay:
-        return {}
-    moves = optim.is_update(state.step, run.config.optimizer.accumulate)
-    keep = jnp.where(moves, decay, 1.0).astype(jnp.float32)
-
-    def move(old, new):
-        return keep * old + (1 - keep) * new if jnp.issubdtype(new.dtype, jnp.floating) else new
-
-    return jax.tree.map(move, state.ema, {"params": params, "stats": stats})
+    return outputs, largest
 
 
 def batches_of(run: Experiment, step: int, periods: Sequence[int], *, on_device: bool):

@@ -95,8 +95,8 @@ def write_result(workdir: pathlib.Path, result: dict[str, Any]) -> None:
     reporting.write_json(workdir / "result.json", result)
     plots = analysis.plot_curves(workdir / "metrics.jsonl", workdir / "plots")
     plots += analysis.plot_history(workdir)
-    shown = {k: v for k, v in result.items() if k.endswith("accuracy")}
-    print("  ".join(f"{name} {100 * value:.2f}%" for name, value in shown.items()))
+    scores = {k: v for k, v in result.items() if "/" in k and not k.endswith("loss")}
+    print(reporting.scores_line(scores))
     print(f"result       {workdir / 'result.json'}")
     print(f"layer table  {workdir / 'summary.txt'}")
     print(
@@ -206,14 +206,19 @@ def restore_for_evaluation(run: Experiment, folder: pathlib.Path, which: str) ->
         checkpoints_of(folder),
         like,
         int(which) if which.isdigit() else which,
-        best_metric=best_metric(run.dataset),
+        best_metric=best_metric(run),
+        best_mode=run.task.best_mode,
     )
     return run.abstract._replace(**found)
 
 
-def best_metric(dataset: data.Dataset) -> str:
-    """What is greatest at the best checkpoint: validation accuracy, or test where there is none."""
-    return "validation/accuracy" if dataset.validation is not None else "test/accuracy"
+def best_metric(run: Experiment) -> str:
+    """What picks the best checkpoint: the task's metric of validation, or test where there is none.
+
+    As 'validation/accuracy'; whether it is greatest or least there says `run.task.best_mode`.
+    """
+    split = "validation" if run.dataset.validation is not None else "test"
+    return f"{split}/{run.task.best_metric}"
 
 
 def checkpoints_of(folder: pathlib.Path) -> pathlib.Path:

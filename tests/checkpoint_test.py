@@ -168,6 +168,22 @@ def test_keeps_the_last_and_the_best(tmp_path):
         Checkpoints(tmp_path, best_metric="loss", create=False).restore(target, "best")
 
 
+def test_the_best_may_be_the_least(tmp_path):
+    scores = {1: 30.0, 2: 5.0, 3: float("nan"), 4: float("-inf"), 5: 20.0, 6: 40.0}
+    for opening in ([1, 2, 3], [4, 5, 6]):  # the scores survive a restart
+        with opened(tmp_path, keep=1, best_metric="fid", best_mode="min") as checkpoints:
+            for step in opening:
+                given = {"fid": scores[step]}
+                checkpoints.save(step, {"x": jnp.float32(step)}, meta={}, metrics=given)
+    target = {"x": jax.ShapeDtypeStruct((), jnp.float32)}
+    reader = Checkpoints(tmp_path, best_metric="fid", best_mode="min", create=False)
+    assert reader.steps() == [2, 6] and reader.restore(target, "best")[2] == 2
+    _, _, step = restore_params(tmp_path, target, "best", best_metric="fid", best_mode="min")
+    assert step == 2
+    with pytest.raises(ValueError, match="best_mode='least': allowed are max, min"):
+        Checkpoints(tmp_path, best_mode="least")
+
+
 def test_saving_the_same_again_does_nothing_and_a_change_replaces(tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="absl")
     written = lambda: (tmp_path / "1" / "record" / "metadata").stat().st_mtime_ns  # noqa: E731

@@ -4,6 +4,7 @@ import ml_collections
 import pytest
 
 from efficient_nets import config as configs
+from efficient_nets import models, tasks
 from efficient_nets.errors import UserError
 
 
@@ -64,6 +65,31 @@ def test_a_wrong_value_names_field_value_and_what_is_needed(section, field, valu
     config[section] = ml_collections.ConfigDict({**config[section].to_dict(), field: value})
     with pytest.raises(UserError, match=f"{section}.{field}={value!r}.*{needed}"):
         configs.check(config)
+
+
+def test_a_task_refuses_what_only_another_one_heeds(monkeypatch):
+    class Other:
+        fields, modes = ("other", "data.cutout"), ()
+
+    monkeypatch.setitem(tasks.TASKS, "other", Other)
+    config = configs.defaults()
+    config.task = "others"
+    with pytest.raises(UserError, match="task='others' is not known: .*did you mean 'other'"):
+        configs.check(config)
+    config.task = "other"
+    with pytest.raises(UserError, match="model.name='resnet': it is for task='classification'"):
+        configs.check(config)
+    monkeypatch.setitem(models.TASKS, "resnet", "other")
+    config.data.cutout = 4
+    configs.check(config)
+    config.data.mixup = 0.2
+    with pytest.raises(UserError, match="data.mixup=0.2: only task=classification heeds it"):
+        configs.check(config)
+    config.data.mixup, config.search.strategy = 0.0, "random"
+    with pytest.raises(UserError, match="search.strategy='random': only task=classification"):
+        configs.check(config)
+    assert tasks.heeding("modes", "train") == ["classification", "other"]
+    assert tasks.heeding("modes", "search") == ["classification"]
 
 
 def test_a_builder_without_a_budget_is_no_builder():

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from efficient_nets import reporting
+from efficient_nets.errors import TrainingDiverged
 
 
 @pytest.fixture
@@ -59,6 +60,27 @@ def test_a_full_disk_is_named_where_metrics_are_written(reporter, tmp_path):
     with contextlib.suppress(OSError), open("/dev/full", "w", buffering=1) as reporter._file._file:
         with pytest.raises(OSError, match=f"No space left.*{tmp_path}/metrics.jsonl"):
             reporter.scalars(1, {"test/loss": 0.5})
+
+
+def test_a_line_of_scores_has_shares_in_percent():
+    scores = {"test/loss": 0.5, "test/accuracy": 0.91234, "test/ap50": 0.5, "test/ap": 0.25}
+    scores |= {"test/ap50_car": 1.0, "test/fid": 31.25, "test/apart": 1.0}
+    assert reporting.evaluation_line(0.5, 1170, scores) == (
+        "epoch 0.5  step 1,170  test/loss 0.5000  test/accuracy 91.23%  test/ap50 50.00%  "
+        "test/ap 25.00%  test/ap50_car 100.00%  test/fid 31.2500  test/apart 1.0000"
+    )
+
+
+def test_of_several_losses_each_is_told_and_must_be_finite(reporter):
+    meter = reporting.Meter({}, reporter, batch_size=10, every_steps=50)
+    names = ("a_loss", "b_loss", "gradient_norm", "parameter_norm", "learning_rate")
+    metrics = {name: jnp.ones(()) for name in names}
+    meter.push(0, 1, metrics)
+    meter.settle()
+    assert reporter.bar.postfix == "a_loss 1.0000  b_loss 1.0000"
+    meter.push(1, 1, metrics | {"b_loss": jnp.full((), jnp.nan)})
+    with pytest.raises(TrainingDiverged, match="b_loss is nan at step 2"):
+        meter.settle()
 
 
 def test_rates_leave_out_compiling_and_evaluation(reporter):

@@ -47,8 +47,16 @@ MODELS = {
     "cells": Cells,
 }
 
+# What architectures are for, as `config.task` calls it; those that are not here classify.
+TASKS: dict[str, str] = {}
+
 # Options of published variants, by architecture and their own name.
 PRESETS = {"resnet": resnet.PRESETS}
+
+
+def task(name: str) -> str:
+    """What an architecture is for."""
+    return TASKS.get(name, "classification")
 
 
 def preset(name: str, preset: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import ClassVar
 
 import flax
 import jax
@@ -9,6 +10,9 @@ import jax.numpy as jnp
 import optax
 from clu import metrics
 from jax import Array
+from ml_collections import ConfigDict
+
+from efficient_nets import data
 
 
 def squared_hinge(logits: Array, labels: Array) -> Array:
@@ -50,8 +54,31 @@ class Classification:
       sample_loss: A value of `LOSSES`.
     """
 
+    name: ClassVar[str] = "classification"
+    best_metric: ClassVar[str] = "accuracy"
+    best_mode: ClassVar[str] = "max"
+    fields: ClassVar[tuple[str, ...]] = (
+        *("builder", "deploy", "mixed", "search", "teacher", "winas"),
+        *("train.loss", "train.label_smoothing", "data.cutout", "data.mixup"),
+        "log.histograms_every_epochs",
+    )
+    modes: ClassVar[tuple[str, ...]] = (
+        *("analyze", "decompose", "deploy", "latency", "prune", "rank", "search", "sensitivity"),
+    )
+
     label_smoothing: float = 0.0
     sample_loss: Callable[[Array, Array], Array] = optax.softmax_cross_entropy
+
+    @classmethod
+    def from_config(cls, config: ConfigDict) -> "Classification":
+        return cls(config.train.label_smoothing, LOSSES[config.train.loss])
+
+    def inputs(
+        self, key: Array, batch: dict[str, Array], *, config_data: ConfigDict, info: data.Info
+    ) -> tuple[Array, Array]:
+        """Augmented images, and soft labels `(N, classes)`; see `Task.inputs`."""
+        spec = data.Augmentation.from_config(config_data)
+        return data.augment(key, batch["image"], batch["label"], spec=spec, info=info)
 
     def loss(self, logits: Array, labels: Array) -> tuple[Array, dict[str, Array]]:
         """Mean loss, and metrics, of one training batch.
