@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from efficient_nets import data
 from efficient_nets.tasks.classification import Classification
+from efficient_nets.tasks.generation import Generation
 
 
 class Task(Protocol):
@@ -53,7 +54,7 @@ class Task(Protocol):
         """Mean loss, and metrics, of the net's outputs for a training batch."""
 
 
-TASKS: dict[str, type[Task]] = {"classification": Classification}
+TASKS: dict[str, type[Task]] = {"classification": Classification, "generation": Generation}
 
 
 def create(config: ConfigDict) -> Task:

@@ -44,12 +44,18 @@ class Generation:
     critic_updates: int = 5
     generator_batches: int = 2
 
+    @property
+    def updates(self) -> dict[str, int]:
+        """Of each part of the net, which has an optimizer of its own, a step."""
+        return {"generator": 1, "discriminator": self.critic_updates}
+
     @classmethod
     def from_config(cls, config: ConfigDict) -> "Generation":
         """The task of a checked config.
 
         Raises:
-          UserError: if the batch cannot be cut, or on what the step does not do.
+          UserError: if the batch cannot be cut, images are not from -1 to 1, or on what the step
+            does not do.
         """
         section, size = config.generation, config.train.batch_size
         if size % section.critic_updates:
@@ -57,6 +63,12 @@ class Generation:
                 f"train.batch_size={size}: generation.critic_updates={section.critic_updates} "
                 "must divide it, each update having its own images"
             )
+        for field in ("mean", "std"):
+            if not (given := config.data[field]) or set(given) != {0.5}:
+                raise UserError(
+                    f"data.{field}={given}: images of a generator are from -1 to 1; give 0.5 for "
+                    "each channel, as in (0.5,)"
+                )
         for field, value, off in (
             ("optimizer.accumulate", config.optimizer.accumulate, 1),
             ("log.products", config.log.products, False),
@@ -73,15 +85,8 @@ class Generation:
         Without it a discriminator could tell real ones by their whole levels.
         """
         augment_key, noise_key = jax.random.split(key)
-        channels = len(info.mean)
-        symmetric = dataclasses.replace(info, mean=(0.5,) * channels, std=(0.5,) * channels)
-        images, _ = data.augment(
-            augment_key,
-            batch["image"],
-            batch["label"],
-            spec=data.Augmentation.from_config(config_data),
-            info=symmetric,
-        )
+        spec = data.Augmentation.from_config(config_data)
+        images, _ = data.augment(augment_key, batch["image"], batch["label"], spec=spec, info=info)
         half = LEVEL / 2
         noise = jax.random.uniform(noise_key, images.shape, images.dtype, -half, half)
         return images + noise, None

@@ -50,7 +50,7 @@ def moments(features: Array, logits: Array, weights: Array) -> Moments:
     x, logits, weights = (value.astype(jnp.float32) for value in (features, logits, weights))
     count = jnp.sum(weights)
     mean = weights @ x / jnp.maximum(count, 1)
-    centred = (x - mean) * weights[:, None]
+    centred = (x - mean[None]) * weights[:, None]
     log_p = jax.nn.log_softmax(logits)
     p = jnp.exp(log_p) * weights[:, None]
     exact = lax.Precision.HIGHEST
@@ -86,7 +86,7 @@ def gaussian(found: Moments) -> Gaussian:
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """`|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))`, of FID (Heusel et al., arXiv 1706.08500).
+    """`|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))` (FID, arXiv 1706.08500).
 
     C_a C_b has the eigenvalues of the symmetric `C_a^(1/2) C_b C_a^(1/2)`, whose roots are the
     singular values of `C_a^(1/2) C_b^(1/2)`: their sum is the trace of the root. Covariances of

@@ -33,7 +33,7 @@ def test_hinge_loss():
 def test_inputs_are_levels_with_noise_of_half_of_one():
     image = jnp.asarray(RNG.integers(0, 256, (4, 6, 6, 1)), jnp.uint8)
     config = data_config()
-    info = data.Info("any", (6, 6, 1), 3, (0.1,), (0.2,))
+    info = data.Info("any", 3, (6, 6, 1), (0.5,), (0.5,))
     inputs = lambda key: Generation().inputs(  # noqa: E731
         jax.random.key(key),
         {"image": image, "label": jnp.zeros(4, jnp.int32)},
