@@ -24,7 +24,7 @@ from efficient_nets.errors import UserError
 from efficient_nets.layers import rules
 from efficient_nets.ops.quantizers import CALIBRATIONS
 from efficient_nets.search import rewards, strategies
-from efficient_nets.tasks import classification, generation
+from efficient_nets.tasks import classification, detection, generation
 
 PRETRAINED = "pretrain"  # teacher.checkpoint: the net in float of config.pretrain
 # A run may be resumed with other values here: they do not change what is computed.
@@ -287,6 +287,7 @@ def defaults() -> ConfigDict:
             bias_correction=0,
         )
     )
+    config.detection = ConfigDict(detection.defaults())
     config.sharding = ConfigDict(
         dict(
             fsdp=1,  # devices over which matching parameters are cut; the rest are data parallel

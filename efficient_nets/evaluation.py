@@ -3,14 +3,16 @@
 import functools
 import pathlib
 import time
-from collections.abc import Callable
+from typing import Protocol
 
 import jax
+import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
 from efficient_nets import (
     data,
+    detection_evaluation,
     experiment,
     generation_evaluation,
     reporting,
@@ -49,6 +51,10 @@ class Evaluator:
             scores = self._step(net, self._gather(self._resident, batch), scores)
         return {f"{self.split}/{k}": v for k, v in classification.summarise(scores).items()}
 
+    def pictures(self) -> dict[str, np.ndarray]:
+        """Of the last call, `{name: uint8 (H, W, 3)}`: here none."""
+        return {}
+
     def seconds(self, state: TrainState, repeats: int = 10) -> float:
         """Time of one batch of `config.evaluate.batch_size`, forward: the least of `repeats`.
 
@@ -70,7 +76,11 @@ class Evaluator:
 
 
 # By task: each is made and called as `Evaluator` is, with what `compiled` gives for all splits.
-EVALUATORS = {"classification": Evaluator, "generation": generation_evaluation.Evaluator}
+EVALUATORS = {
+    "classification": Evaluator,
+    "detection": detection_evaluation.Evaluator,
+    "generation": generation_evaluation.Evaluator,
+}
 # By task, of those whose --mode=eval leaves more than scores: `(run, state, workdir)` gives a path.
 WRITERS = {"generation": generation_evaluation.write_samples}
 
@@ -82,12 +92,18 @@ def evaluate(config: ConfigDict, workdir: pathlib.Path, folder: pathlib.Path, wh
       workdir: Where eval.json goes.
       folder, which: The checkpoint, as of `workdirs.restore_for_evaluation`.
     """
-    run = experiment.build(config, data.load(config.data), training=False)
+    run = experiment.build(config, data.load(config.data, config.task), training=False)
     state = workdirs.restore_for_evaluation(run, folder, which)
     step = int(state.step)
-    scores = evaluate_all(evaluators(run), state)
+    evaluation = evaluators(run)
+    scores = evaluate_all(evaluation, state)
     if jax.process_index() == 0:
         print(reporting.evaluation_line(step / run.epoch_steps, step, scores))
+        pictures = {}
+        for evaluator in evaluation:
+            pictures |= evaluator.pictures()
+        for path in reporting.save_pictures(workdir, pictures):
+            print(f"pictures     {path}")
     if (write := WRITERS.get(run.task.name)) is not None:
         path = write(run, state, workdir)
         if jax.process_index() == 0:
@@ -104,8 +120,13 @@ def _step(run: Experiment, net, batch, scores):
     return scores.merge(new)
 
 
-# Of a state, `{'<split>/<metric>': x}`, the same on every process.
-Evaluate = Callable[[TrainState], dict[str, float]]
+class Evaluate(Protocol):
+    """Of a state, `{'<split>/<metric>': x}`, the same on every process; then what it looks like."""
+
+    def __call__(self, state: TrainState) -> dict[str, float]: ...
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        """Of the last call, `{name: uint8 (H, W, 3)}`."""
 
 
 def evaluators(run: Experiment) -> list[Evaluate]:

@@ -16,7 +16,7 @@ gives. Inception's, by which published values are measured, cannot be assumed to
 
 import functools
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -58,9 +58,8 @@ class FeatureNet:
                 f"{FIELD}={folder}: it was trained on {there!r}; give a classifier of {here!r}"
             )
         config.data.dir = run.config.data.dir
-        self._info = data.describe(config.data)
-        if not any(self._info.mean):  # they are not known without the images
-            self._info = data.load(config.data).info
+        known = data.statistics_known(config.data)  # or only the images tell
+        self._info = data.describe(config.data) if known else data.load(config.data).info
         self._graph, self.net = workdirs.trained_net(FIELD, folder, config, run)
         self.name = f"{config.model.name} on {there}, {folder}"
 
@@ -121,7 +120,7 @@ class Evaluator:
     def __init__(self, run: Experiment, split: str, judge: Judge | None):
         self.split = split
         self._run, self._judge, self._real = run, judge, None
-        self._samples = Sampler(run)
+        self._samples, self._grid, self._pictures = Sampler(run), Grid(run), {}
 
     @staticmethod
     def compiled(run: Experiment) -> Judge | None:
@@ -130,6 +129,7 @@ class Evaluator:
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """`{'<split>/fid': x, '<split>/is': y}`, of the averaged net if there is one."""
+        self._pictures = {f"samples-{int(state.step)}": self._grid(state)}
         features = self._run.config.generation.features
         if features.startswith(FILE):
             found = scores_of_file(pathlib.Path(features.removeprefix(FILE)), int(state.step))
@@ -144,6 +144,10 @@ class Evaluator:
                 "is": image_scores.inception_score(made),
             }
         return {f"{self.split}/{name}": value for name, value in found.items()}
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        """Samples of the last call's state, of latents that are the same in all of a run."""
+        return self._pictures
 
 
 class Sampler:
@@ -172,18 +176,19 @@ def drawn(run: Experiment, net, key: Array, number: int) -> Array:
     return generation.to_pixels(model.generator(adversarial.latents(run, key, number)))
 
 
-def drawing(run: Experiment) -> Callable[[TrainState], dict[str, np.ndarray]]:
-    """What makes the picture of a state's samples, of latents that are the same in all of a run."""
-    side = run.config.generation.grid
-    number = sharding.round_up(side**2, run.mesh)
-    draw = jax.jit(functools.partial(drawn, run), static_argnums=2)
-    key = jax.random.fold_in(jax.random.key(run.config.seed), GRID_KEY)
+class Grid:
+    """`generation.grid` rows and columns of samples as one image, uint8 `(H, W, 3)`."""
 
-    def pictures(state: TrainState) -> dict[str, np.ndarray]:
-        pixels = sharding.fetch(draw(state.net, key, number))
-        return {"samples": tiled(pixels[: side**2], side)}
+    def __init__(self, run: Experiment):
+        self._side = run.config.generation.grid
+        number = sharding.round_up(self._side**2, run.mesh)
+        key = jax.random.fold_in(jax.random.key(run.config.seed), GRID_KEY)
+        self._draw = jax.jit(lambda net: drawn(run, net, key, number))
 
-    return pictures
+    def __call__(self, state: TrainState) -> np.ndarray:
+        pixels = sharding.fetch(self._draw(state.net))[: self._side**2]
+        pixels = np.broadcast_to(pixels, (*pixels.shape[:-1], 3))
+        return np.ascontiguousarray(tiled(pixels, self._side))
 
 
 def tiled(images: np.ndarray, columns: int) -> np.ndarray:

@@ -17,6 +17,7 @@ from efficient_nets.deployment import make_deployable
 from efficient_nets.errors import TrainingDiverged, UserError
 from efficient_nets.evaluation import evaluate
 from efficient_nets.inspection import inspect
+from efficient_nets.prediction import predict
 from efficient_nets.search import (
     auto_builder,
     cell_search,
@@ -39,13 +40,16 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run, else runs/NAME[-ARGUMENT].")
 MODES = ["train", "eval", "summary", "analyze", "sensitivity", "search", "latency", "deploy"]
-MODES += ["decompose", "prune", "rank"]
+MODES += ["decompose", "prune", "rank", "predict"]
 OF_SEARCH = ("train", "search", "rank", "latency", "summary")  # what config.search is for
 MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", "", "eval, analyze, deploy, prune, rank: the workdir to restore from."
+    "checkpoint", "", "eval, analyze, deploy, predict, prune, rank: the workdir to restore from."
 )
-STEP = flags.DEFINE_string("step", "newest", "eval, analyze, deploy, prune: newest, best, a step.")
+STEP = flags.DEFINE_string(
+    "step", "newest", "eval, analyze, deploy, predict, prune: newest, best, a step."
+)
+INPUT = flags.DEFINE_string("input", "", "predict: an image, or a folder of images.")
 REFERENCE = flags.DEFINE_string("reference", "", "analyze: an analysed workdir to compare with.")
 THRESHOLD = flags.DEFINE_float(
     "threshold", 0.01, "prune: indices of bonds go up to this share of the largest contribution."
@@ -54,11 +58,12 @@ DISTRIBUTED = flags.DEFINE_boolean("distributed", False, "One of several process
 
 
 def _run(config, workdir: pathlib.Path) -> None:
-    of_a_checkpoint = "eval analyze deploy prune"
+    of_a_checkpoint = "eval analyze deploy predict prune"
     for flag, modes in (
         (CHECKPOINT, f"{of_a_checkpoint} rank"),
         (STEP, of_a_checkpoint),
         (REFERENCE, "analyze"),
+        (INPUT, "predict"),
         (THRESHOLD, "prune"),
     ):
         if flag.present and MODE.value not in modes.split():
@@ -91,10 +96,12 @@ def _run(config, workdir: pathlib.Path) -> None:
             "writes"
         )
     if MODE.value == "summary":
-        info = data.describe(config.data)
+        info = data.describe(config.data, config.task)
         workdirs.write_summary(workdir, config, experiment.abstract_model(config, info), info)
     elif MODE.value == "eval":
         evaluate(config, workdir, folder, STEP.value)
+    elif MODE.value == "predict":
+        predict(config, workdir, folder, STEP.value, INPUT.value)
     elif MODE.value == "analyze":
         inspect(config, workdir, folder, STEP.value, REFERENCE.value)
     elif MODE.value == "sensitivity":

@@ -5,7 +5,6 @@ import errno
 import json
 import math
 import pathlib
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -13,9 +12,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from efficient_nets import analysis
+from efficient_nets.analysis.curves import is_share
 from efficient_nets.errors import TrainingDiverged
 
 
@@ -124,6 +125,18 @@ class Reporter:
             for name, histogram in histograms.items():
                 analysis.add_histogram(self._board, name, histogram, step)
 
+    def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Writes plots/NAME.png, over that of an earlier step, and TensorBoard's of each step.
+
+        A name that ends in the step, as samples-100, is one in TensorBoard without it.
+        """
+        if self.active:
+            save_pictures(self._workdir, pictures)
+        if self._board is not None:
+            for name, picture in pictures.items():
+                name = name.removesuffix(f"-{step}")
+                self._board.add_image(name, picture, step, dataformats="HWC")
+
     def line(self, text: str) -> None:
         if self.active:
             self.bar.write(text, file=sys.stdout)
@@ -147,15 +160,19 @@ def evaluation_line(epoch: float, step: int, scalars: Mapping[str, float]) -> st
 def scores_line(scalars: Mapping[str, float]) -> str:
     """`test/loss 0.3102  test/accuracy 91.20%`: shares in percent, others as they are."""
     return "  ".join(
-        f"{name} {100 * value:.2f}%" if _is_share(name) else f"{name} {value:.4f}"
+        f"{name} {100 * value:.2f}%" if is_share(name.rpartition("/")[2]) else f"{name} {value:.4f}"
         for name, value in scalars.items()
     )
 
 
-def _is_share(name: str) -> bool:
-    """An accuracy, or an average precision such as ap50 or ap50_cat."""
-    metric = name.rpartition("/")[2]
-    return metric.endswith("accuracy") or bool(re.fullmatch(r"ap\d*(_.*)?", metric))
+def save_pictures(workdir: pathlib.Path, pictures: Mapping[str, np.ndarray]) -> list[pathlib.Path]:
+    """Writes plots/NAME.png of each, uint8 `(H, W, 3)`."""
+    written = []
+    for name, picture in pictures.items():
+        written.append(workdir / "plots" / f"{name}.png")
+        written[-1].parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(written[-1])
+    return written
 
 
 def write_report(

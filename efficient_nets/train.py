@@ -65,9 +65,9 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         plain = pretraining.float_config(config)
         if not pretraining.is_done(before, plain):
             train(plain, before)
-    info = data.describe(config.data)
+    info = data.describe(config.data, config.task)
     costs = workdirs.write_summary(workdir, config, experiment.abstract_model(config, info), info)
-    dataset = data.load(config.data)
+    dataset = data.load(config.data, config.task)
     run = experiment.build(config, dataset)
     teacher = distillation.teacher(run, before)
 
@@ -162,6 +162,7 @@ def _loop(run: Experiment, state, meta, teacher, evaluation, checkpoints, report
                     scores = evaluate_all(evaluation[:1], state)
                     _write_histograms(run, state, step, look, reporter)
                 reporter.scalars(step, scores)
+                reporter.pictures(step, evaluation[0].pictures() if evaluation else {})
                 reporter.line(reporting.evaluation_line(step / run.epoch_steps, step, scores))
             stop = preemption.reached()
             if last or stop or step % run.steps(config.checkpoint.every_epochs) == 0:
@@ -271,7 +272,11 @@ def train_step(
 
 # The step of a task: `(run, state, batch, resident, teacher)` gives the new state, and metrics that
 # hold a loss, or several names that end in _loss, and those of `updates.updated`. Pure.
-STEPS = {"classification": train_step, "generation": adversarial.train_step}
+STEPS = {
+    "classification": train_step,
+    "detection": train_step,
+    "generation": adversarial.train_step,
+}
 
 
 def _watched(model: nnx.Module, images):

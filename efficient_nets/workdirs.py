@@ -18,7 +18,16 @@ from absl import logging
 from flax import nnx
 from ml_collections import ConfigDict
 
-from efficient_nets import analysis, checkpoint, data, experiment, paths, reporting, sharding
+from efficient_nets import (
+    analysis,
+    checkpoint,
+    data,
+    experiment,
+    paths,
+    reporting,
+    sharding,
+    tasks,
+)
 from efficient_nets import config as configs
 from efficient_nets.errors import UserError
 from efficient_nets.experiment import Experiment, TrainState
@@ -32,6 +41,7 @@ def default(config_file: str) -> str:
 
 
 # What a workdir may hold beside checkpoints that another config must not overwrite.
+BACKBONE = "backbone"  # the part of a net that a classifier's weights fit
 FINISHED = ("result.json", "builder.json", "sensitivity.json", "winas.json")
 
 
@@ -119,7 +129,13 @@ def warm_start(run: Experiment, state: TrainState, folder: pathlib.Path) -> Trai
     Where that run kept an average, it is the averaged net, whose accuracy the run reported.
     """
     net = {"params": state.params, "stats": state.stats}
-    net, left = restore_net(folder, net)
+    if _is_of_a_backbone(run, folder):
+        inner = {name: tree[BACKBONE] for name, tree in net.items()}
+        inner, left = restore_net(folder, inner)
+        left = {f"{BACKBONE}/{path}": reason for path, reason in left.items()}
+        net = {name: net[name] | {BACKBONE: tree} for name, tree in inner.items()}
+    else:
+        net, left = restore_net(folder, net)
     # As of a net in float and direct, whose start every rounded or tiled net takes.
     own = [path for path in left if "/ranges/" in path or "/transforms/" in path]
     own += [path for path in left if path.endswith(("/kernel/seed", "/kernel/calls"))]  # of dropout
@@ -128,6 +144,14 @@ def warm_start(run: Experiment, state: TrainState, folder: pathlib.Path) -> Trai
     for path in sorted(left.keys() - set(own)):
         logging.warning("%s %s: it starts fresh", path, left[path])
     return state._replace(**net, ema=experiment.average_from(run.config, **net))
+
+
+def _is_of_a_backbone(run: Experiment, folder: pathlib.Path) -> bool:
+    """Whether the folder holds a classifier, and this run's net has one as its backbone."""
+    path = checkpoints_of(folder).parent / "config.json"
+    if BACKBONE not in run.abstract.params or not path.is_file():
+        return False
+    return configs.from_json(path.read_text()).task == "classification"
 
 
 def restore_net(folder: pathlib.Path, net: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -210,6 +234,33 @@ def restore_for_evaluation(run: Experiment, folder: pathlib.Path, which: str) ->
         best_mode=run.task.best_mode,
     )
     return run.abstract._replace(**found)
+
+
+def restored_net(
+    config: ConfigDict, info: data.Info, folder: pathlib.Path, which: str
+) -> tuple[nnx.GraphDef, dict[str, Any]]:
+    """A saved net, for use on one device: its graph, and `{"params": ..., "stats": ...}`.
+
+    The averaged one, if it is kept. The data set need not be there.
+
+    Args:
+      config: Of the run.
+      info: Of its data.
+      folder: A workdir, or the checkpoints folder in one.
+      which: 'newest', 'best' or a step.
+    """
+    graph, params, stats = nnx.split(experiment.abstract_model(config, info), nnx.Param, ...)
+    net = {"params": nnx.to_pure_dict(params), "stats": nnx.to_pure_dict(stats)}
+    task = tasks.create(config)
+    split = "validation" if config.data.validation else "test"
+    found, _, _ = checkpoint.restore_params(
+        checkpoints_of(folder),
+        {"ema": net} if config.train.ema else net,
+        int(which) if which.isdigit() else which,
+        best_metric=f"{split}/{task.best_metric}",
+        best_mode=task.best_mode,
+    )
+    return graph, found["ema"] if config.train.ema else found
 
 
 def best_metric(run: Experiment) -> str:

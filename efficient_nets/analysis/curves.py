@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import re
 from collections import defaultdict
 
 # {metric: {split: (steps, values)}}
@@ -61,13 +62,18 @@ def read_metrics(path: pathlib.Path) -> Curves:
     return {metric: dict(splits) for metric, splits in curves.items()}
 
 
+def is_share(metric: str) -> bool:
+    """Whether it is told in percent: an accuracy, or an average precision as ap50 or ap50_cat."""
+    return metric.endswith("accuracy") or bool(re.fullmatch(r"ap\d*(_.*)?", metric))
+
+
 def _finite(splits) -> list[float]:
     return [v for _, values in splits.values() for v in values if math.isfinite(v)]
 
 
 def _draw(axes, metric: str, splits) -> None:
     values = _finite(splits)
-    if metric.endswith("accuracy"):
+    if is_share(metric):
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
     elif metric.endswith(("loss", "norm")) and max(values) > LOG_SPAN * min(values) > 0:
         axes.set_yscale("log", subs=[2, 5])

@@ -1,4 +1,4 @@
-"""Image classification data: from a name in a config to normalised batches on the device.
+"""Image data: from a name in a config to normalised batches on the device.
 
 The only room that knows TensorFlow Datasets (TFDS); nothing here imports TensorFlow but
 `prepare.py`, which a person runs once for each set.
@@ -30,6 +30,9 @@ Fields of `config.data` (`defaults()` gives the defaults, shown here):
     flip=False             mirror left-right, half of the images
     cutout=0               side of a square set to 0 after normalising
     mixup=0.0              alpha of the Beta distribution of the mixing weight; 0 is off
+    stored_size=0          detection: side of the images as they are kept, of which training shows
+                           parts; 0 is an eighth more than image_size
+    max_boxes=100          detection: objects that an image may have
 
 Crop, flip, cutout and mixup act on training alone. Training drops what is left of each epoch's
 permutation after the last whole batch; evaluation sees every image exactly once.
@@ -37,20 +40,33 @@ permutation after the last whole batch; evaluation sees every image exactly once
 
 from efficient_nets.data.augmentation import Augmentation, augment, normalise
 from efficient_nets.data.batches import eval_batches, gather, train_batches
-from efficient_nets.data.sources import Dataset, Info, Source, describe, load
+from efficient_nets.data.detection_augmentation import DetectionAugmentation, augment_detection
+from efficient_nets.data.sources import (
+    Dataset,
+    Info,
+    Source,
+    describe,
+    load,
+    statistics_known,
+    stored_shape,
+)
 
 __all__ = [
     "Augmentation",
     "Dataset",
+    "DetectionAugmentation",
     "Info",
     "Source",
     "augment",
+    "augment_detection",
     "defaults",
     "describe",
     "eval_batches",
     "gather",
     "load",
     "normalise",
+    "statistics_known",
+    "stored_shape",
     "train_batches",
 ]
 
@@ -73,4 +89,6 @@ def defaults() -> dict:
         flip=False,
         cutout=0,
         mixup=0.0,
+        stored_size=0,
+        max_boxes=100,
     )

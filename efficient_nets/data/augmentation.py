@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from efficient_nets.data.sources import Info
+from efficient_nets.data.windows import resized
 from efficient_nets.errors import UserError
 
 
@@ -46,11 +47,22 @@ class Augmentation:
 
 
 def normalise(image: jax.Array, info: Info) -> jax.Array:
-    """(image / 255 - mean) / std by channel: uint8 (..., C) to float32 (..., C)."""
+    """(image / 255 - mean) / std by channel: uint8 (..., H, W, C) to float32.
+
+    Images that are stored at another size than the net's, as those of detection are, are resized.
+    """
+    pixels, size = image.astype(jnp.float32) / 255, info.image_shape[:2]
+    if image.shape[-3:-1] != size:
+        pixels = resized(pixels, size)
+    return standardised(pixels, info)
+
+
+def standardised(image: jax.Array, info: Info) -> jax.Array:
+    """(image - mean) / std by channel, of values in [0, 1]: float32 (..., C)."""
     shape = (1,) * (image.ndim - 1) + (-1,)
     mean = jnp.array(info.mean, jnp.float32).reshape(shape)
     std = jnp.array(info.std, jnp.float32).reshape(shape)
-    return (image.astype(jnp.float32) / 255 - mean) / std
+    return (image - mean) / std
 
 
 def augment(

@@ -1,6 +1,7 @@
 """From a config to data sets: opening, decoding into memory where they fit, statistics."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -8,12 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
-from efficient_nets.data import digits, folder, images, splits, tfds_sets
+from efficient_nets.data import digits, folder, images, splits, tfds_objects, tfds_sets
 from efficient_nets.data.collection import Collection, Examples
 from efficient_nets.errors import UserError
 
 STORAGE = ("auto", "memory", "stream")
 SPLITS = ("train", "validation", "test")
+DETECTION = "detection"  # the task whose images have labelled boxes
 
 # Mean and standard deviation by channel of the training images in [0, 1].
 STATISTICS = {
@@ -21,7 +23,10 @@ STATISTICS = {
     "fashion_mnist": ((0.2860,), (0.3530,)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-    "imagenet2012": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    # Of photographs, for nets that start from one of ImageNet.
+    **dict.fromkeys(
+        ("imagenet2012", "voc", "coco"), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    ),
 }
 
 
@@ -84,16 +89,8 @@ class Source:
         else at the centre.
         """
         height, width, _ = self.image_shape
-        batch = {
-            "image": np.empty((len(positions), *self.image_shape), np.uint8),
-            "label": np.empty(len(positions), np.int32),
-        }
+        batch = self._blank(len(positions))
         for row, (image, label) in enumerate(self.examples.read(positions)):
-            if not 0 <= label < self.num_classes:
-                raise UserError(
-                    f"{self.name}: image {positions[row]} has label {label}, "
-                    f"not in 0..{self.num_classes - 1}; is this split labelled?"
-                )
             if self.varied and rngs is not None:
                 image = images.random_resized_crop(image, height, rngs[row])
             elif self.varied:
@@ -101,15 +98,31 @@ class Source:
             elif image.size != (width, height):
                 image = images.resize(image, (width, height))
             batch["image"][row] = np.asarray(image).reshape(self.image_shape)
-            batch["label"][row] = label
+            self._annotate(batch, row, label, positions[row])
         return batch
+
+    def _blank(self, count: int) -> dict[str, np.ndarray]:
+        """Arrays for that many images."""
+        return {
+            "image": np.empty((count, *self.image_shape), np.uint8),
+            "label": np.empty(count, np.int32),
+        }
+
+    def _annotate(self, batch: dict[str, np.ndarray], row: int, label, position: int) -> None:
+        """Writes the label of the image at that position into a row."""
+        self._check_label(label, position)
+        batch["label"][row] = label
+
+    def _check_label(self, label: int, position: int) -> None:
+        if not 0 <= label < self.num_classes:
+            raise UserError(
+                f"{self.name}: image {position} has label {label}, "
+                f"not in 0..{self.num_classes - 1}; is this split labelled?"
+            )
 
     def decoded(self) -> "Source":
         """The same source with all its images in memory."""
-        resident = {
-            "image": np.empty((len(self), *self.image_shape), np.uint8),
-            "label": np.empty(len(self), np.int32),
-        }
+        resident = self._blank(len(self))
         bar = tqdm(total=len(self), desc=f"decoding {self.name}", delay=1, disable=None)
 
         def fill(start: int) -> int:
@@ -125,6 +138,41 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class ObjectSource(Source):
+    """Images with labelled boxes; `resident` and `read` have these for each image, M of them.
+
+    {"image": uint8 (N, H, W, C), "boxes": float32 (N, M, 4), [ymin, xmin, ymax, xmax] in shares of
+    the image, "label": int32 (N, M), -1 where there is no object, "difficult": bool (N, M)}.
+
+    Attributes:
+      max_boxes: M.
+    """
+
+    max_boxes: int = 100
+
+    def _blank(self, count: int) -> dict[str, np.ndarray]:
+        shape = count, self.max_boxes
+        return {
+            "image": np.empty((count, *self.image_shape), np.uint8),
+            "boxes": np.zeros((*shape, 4), np.float32),
+            "label": np.full(shape, -1, np.int32),
+            "difficult": np.zeros(shape, bool),
+        }
+
+    def _annotate(
+        self, batch: dict[str, np.ndarray], row: int, label: tfds_objects.Objects, position: int
+    ) -> None:
+        if (count := len(label.label)) > self.max_boxes:
+            raise UserError(
+                f"data.max_boxes={self.max_boxes}: image {position} of {self.name} has {count}"
+            )
+        for own in label.label:
+            self._check_label(own, position)
+        for name, values in label._asdict().items():
+            batch[name][row, :count] = values
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
     """A data set and its splits; a split that the config leaves empty is None."""
 
@@ -134,25 +182,34 @@ class Dataset:
     test: Source | None
 
 
-def load(config) -> Dataset:
+def load(config, task: str = "classification") -> Dataset:
     """Opens the data set of `config.data` (fields: `efficient_nets.data`).
+
+    Args:
+      config: That section.
+      task: What it is for, as `config.task`; for detection its splits are `ObjectSource`s.
 
     Raises:
       UserError: a field has a value that is not allowed or does not fit the set, the set is
         unknown, not prepared or not reachable, or an image cannot be read.
     """
     _check(config)
-    collection = _collection(config)
-    varied = None in collection.image_shape
+    objects = task == DETECTION
+    collection = _collection(config, objects)
+    varied = None in collection.image_shape and not objects
     shape = _image_shape(config, collection)
+    stored, make = shape, Source
+    if objects:
+        stored = stored_shape(config, shape)
+        make = functools.partial(ObjectSource, max_boxes=config.max_boxes)
     known = _known_statistics(config, collection.name, shape[-1])
     sources = {}
     for split in SPLITS:
         if spec := config[split]:
             examples = collection.open(splits.parse(split, spec, collection.splits))
             name = f"{config.name} {spec}"
-            sources[split] = Source(
-                name, examples, shape, collection.num_classes, varied, config.workers
+            sources[split] = make(
+                name, examples, stored, collection.num_classes, varied, config.workers
             )
     # Random crops of varied images need the original: their train split cannot be kept decoded.
     static = {s: source for s, source in sources.items() if not (varied and s == "train")}
@@ -171,13 +228,25 @@ def load(config) -> Dataset:
     return Dataset(info, *(sources.get(split) for split in SPLITS))
 
 
-def describe(config) -> Info:
+def stored_shape(config, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Of the images of a detection set as they are kept, for a net that takes that shape."""
+    height, width = (config.stored_size or -(-side * 9 // 8) for side in shape[:2])
+    return height, width, shape[-1]
+
+
+def statistics_known(config, task: str = "classification") -> bool:
+    """Whether mean and deviation are known or given, so that `describe` says what `load` does."""
+    collection = _collection(config, task == DETECTION, prepared=False)
+    return _known_statistics(config, collection.name, collection.image_shape[-1]) is not None
+
+
+def describe(config, task: str = "classification") -> Info:
     """What `load(config).info` says of names and shapes, without the data: it need not be prepared.
 
     Mean and standard deviation are those known of the set, else 0 and 1.
     """
     _check(config)
-    collection = _collection(config, prepared=False)
+    collection = _collection(config, task == DETECTION, prepared=False)
     shape = _image_shape(config, collection)
     channels = shape[-1]
     mean, std = _known_statistics(config, collection.name, channels) or (
@@ -190,14 +259,18 @@ def describe(config) -> Info:
 def _check(config) -> None:
     if config.storage not in STORAGE:
         raise UserError(f"data.storage={config.storage!r} is not one of {STORAGE}")
-    for field in ("image_size", "workers", "memory_limit_gib"):
+    for field in ("image_size", "workers", "memory_limit_gib", "stored_size"):
         if config[field] < 0:
             raise UserError(f"data.{field}={config[field]} must be at least 0")
+    if config.max_boxes < 1:
+        raise UserError(f"data.max_boxes={config.max_boxes} must be at least 1")
     if not any(config[split] for split in SPLITS):
         raise UserError("data.train, validation and test are all '': there is no data")
 
 
-def _collection(config, *, prepared: bool = True) -> Collection:
+def _collection(config, objects: bool = False, *, prepared: bool = True) -> Collection:
+    if objects:
+        return tfds_objects.collection(config.name, config.dir, prepared=prepared)
     kind, _, path = config.name.partition(":")
     if kind not in ("digits", "folder") or (kind == "digits" and path):
         return tfds_sets.collection(config.name, config.dir, prepared=prepared)

@@ -42,11 +42,11 @@ def collection(name: str, data_dir: str, *, prepared: bool = True) -> Collection
       UserError: the folder cannot be reached; the name is unknown; the set has no image and label;
         it is not prepared, or in a format without random access (says the command to run).
     """
-    _check_reachable(data_dir)
+    check_reachable(data_dir)
     builder = open_builder(name, data_dir)
     image, label = _image_and_label(name, builder.info.features)
     if prepared:
-        _check_prepared(name, data_dir, builder)
+        check_prepared(name, data_dir, builder)
     height, width, channels = image.shape
 
     def open_parts(parts: Sequence[Part]) -> TfdsExamples:
@@ -66,7 +66,8 @@ def collection(name: str, data_dir: str, *, prepared: bool = True) -> Collection
     )
 
 
-def _check_prepared(name: str, data_dir: str, builder: tfds.core.DatasetBuilder) -> None:
+def check_prepared(name: str, data_dir: str, builder: tfds.core.DatasetBuilder) -> None:
+    """Raises a UserError, with the command to run, if a set cannot be read at random from there."""
     command = f"python -m efficient_nets.data.prepare {name}"
     if not builder.is_prepared():
         raise UserError(
@@ -81,7 +82,8 @@ def _check_prepared(name: str, data_dir: str, builder: tfds.core.DatasetBuilder)
         )
 
 
-def _check_reachable(data_dir: str) -> None:
+def check_reachable(data_dir: str) -> None:
+    """Raises a UserError if there is no such folder."""
     try:
         found = not data_dir or tfds.core.Path(data_dir).expanduser().is_dir()
     except Exception as error:  # gs:// and s3:// paths each have exceptions of their own

@@ -28,6 +28,7 @@ from efficient_nets.models.resnext import ResNeXt
 from efficient_nets.models.rnn import RNN
 from efficient_nets.models.sngan import SNGAN
 from efficient_nets.models.squeezenet import SqueezeNet
+from efficient_nets.models.ssd import SSD
 from efficient_nets.models.tnn import TNN, ConvTNN
 from efficient_nets.models.vgg import VGG
 
@@ -48,10 +49,11 @@ MODELS = {
     "rnn": RNN,
     "cells": Cells,
     "sngan": SNGAN,
+    "ssd": SSD,
 }
 
 # What architectures are for, as `config.task` calls it; those that are not here classify.
-TASKS = {"sngan": "generation"}
+TASKS = {"sngan": "generation", "ssd": "detection"}
 
 # Options of published variants, by architecture and their own name.
 PRESETS = {"resnet": resnet.PRESETS}

@@ -56,6 +56,9 @@ class MobileNet(nnx.Module):
       stem_strides: Stride of the stem, 1 or 2; 0 takes 1 for images of up to 64 pixels, else 2.
       activation: What stands in for ReLU, a key of `parts.ACTIVATIONS`.
       rngs: Source of the initial values.
+
+    Attributes:
+      levels: Static, `(stride, channels)` of each map of `maps`.
     """
 
     def __init__(
@@ -78,6 +81,8 @@ class MobileNet(nnx.Module):
         self.stem = parts.conv(image_shape[-1], channels, 3, strides=strides, rngs=rngs)
         self.stem_norm = BatchNorm(channels, rngs=rngs)
         self.blocks = nnx.List([])
+        levels = {strides: channels}
+        stride = strides
         for base, strides in names.pick("model.layout", layout, LAYOUTS):
             features = parts.scaled(base, width)
             block = SeparableBlock(
@@ -85,11 +90,22 @@ class MobileNet(nnx.Module):
             )
             self.blocks.append(block)
             channels = features
+            stride *= strides
+            levels[stride] = channels  # the last one of each stride stays
+        self.levels = tuple(levels.items())
         self.head = parts.head(channels, num_classes, rngs=rngs)
 
     def __call__(self, images: Array) -> Array:
         """Images `(N, H, W, C)` to logits `(N, num_classes)`."""
+        return self.head(parts.global_mean(self.maps(images)[-1]))
+
+    def maps(self, images: Array) -> list[Array]:
+        """The last map of each size, of `(N, H, W, C)`; `levels` says how large they are."""
         x = layer_norm_act(images, self.stem, self.stem_norm, self.activation)
+        found = [x]
         for block in self.blocks:
             x = block(x)
-        return self.head(parts.global_mean(x))
+            if x.shape[1:3] == found[-1].shape[1:3]:
+                found.pop()
+            found.append(x)
+        return found

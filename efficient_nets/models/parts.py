@@ -83,12 +83,14 @@ def conv(
     kernel: int,
     *,
     strides: int = 1,
+    padding: int | None = None,
+    dilation: int = 1,
     groups: int = 1,
     use_bias: bool = False,
     kernel_init: nnx.Initializer = kaiming_normal,
     rngs: nnx.Rngs,
 ) -> Conv:
-    """A square convolution with `kernel // 2` zeros on both sides.
+    """A square convolution with `padding` zeros on both sides, as many as keep the size by default.
 
     No bias by default: a batch norm that follows takes it away again.
     """
@@ -97,7 +99,8 @@ def conv(
         features,
         (kernel, kernel),
         strides=strides,
-        padding=kernel // 2,
+        padding=kernel // 2 * dilation if padding is None else padding,
+        dilation=dilation,
         groups=groups,
         use_bias=use_bias,
         kernel_init=kernel_init,
@@ -141,11 +144,17 @@ def scale_channels(x: Array, scale: Array) -> Array:
     return x * jnp.broadcast_to(scale.astype(x.dtype), x.shape)
 
 
-def max_pool2(x: Array) -> Array:
+def max_pool2(x: Array, *, whole: bool = False) -> Array:
     """Maximum over 2x2 windows that do not overlap: `(N, H, W, C)` to `(N, H//2, W//2, C)`.
 
     As the maximum of four strided slices: the gradient of `reduce_window` is a slow scatter on CPU.
+
+    Args:
+      x: Images.
+      whole: An odd last row or column is a window too, of which there is a half: `ceil(H / 2)`.
     """
+    if whole:
+        x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)), mode="edge")
     height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
     rows = jnp.maximum(x[:, 0:height:2], x[:, 1:height:2])
     return jnp.maximum(rows[:, :, 0:width:2], rows[:, :, 1:width:2])

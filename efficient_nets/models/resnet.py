@@ -80,6 +80,9 @@ class ResNet(nnx.Module):
       bases: Blocks side by side in place of each one, see `group_net.Group`.
       soft_gates: Gates between these.
       rngs: Source of the initial values.
+
+    Attributes:
+      levels: Static, `(stride, channels)` of each map of `maps`.
     """
 
     def __init__(
@@ -129,7 +132,7 @@ class ResNet(nnx.Module):
         self.stem_norm = self.final_norm = nnx.data(None)
         if not pre_norm:
             self.stem_norm = style.make_norm(channels, rngs=rngs)
-        follows = channels
+        follows, stride, levels = channels, strides * self.square * 2**self.pools, []
         for number, (count, features) in enumerate(zip(blocks, widths, strict=True), start=1):
             stage = nnx.List([])
             for index in range(count):
@@ -149,6 +152,8 @@ class ResNet(nnx.Module):
                 )
                 channels = features * make.expansion
             setattr(self, f"stage{number}", stage)
+            levels.append((stride * 2 ** (number - 1), channels))
+        self.levels = tuple(levels)
         if pre_norm:
             self.final_norm = style.make_norm(channels, rngs=rngs)
             follows = channels
@@ -159,6 +164,19 @@ class ResNet(nnx.Module):
 
     def __call__(self, images: Array) -> Array:
         """Images `(N, H, W, C)` to logits `(N, num_classes)`."""
+        x = self.maps(images)[-1]
+        if self.bases > 1:
+            x, *_ = x  # behind the last group all are the sum
+        if self.final_norm is not None:
+            x = self.activation(self.final_norm(x))
+        x = parts.global_mean(x)
+        return self.head(x if self.head_shift is None else self.head_shift(x))
+
+    def maps(self, images: Array) -> list[Array]:
+        """What each stage gives for `(N, H, W, C)`; `levels` says how large it is.
+
+        With several bases, a tuple of as many.
+        """
         x = images if self.square == 1 else parts.space_to_depth(images, self.square)
         pre_norm = self.final_norm is not None
         x = parts.unit(x, self.stem, self.stem_norm, None if pre_norm else self.activation)
@@ -166,17 +184,14 @@ class ResNet(nnx.Module):
             x = parts.max_pool3(x)
         if self.bases > 1:
             x = (x,) * self.bases
+        found = []
         for number in range(1, self.stages + 1):
             if self.halves and number > 1:
                 x = jax.tree.map(parts.max_pool2, x)  # of each base, where there are several
             for block in getattr(self, f"stage{number}"):
                 x = block(x)
-        if self.bases > 1:
-            x, *_ = x  # behind the last group all are the sum
-        if pre_norm:
-            x = self.activation(self.final_norm(x))
-        x = parts.global_mean(x)
-        return self.head(x if self.head_shift is None else self.head_shift(x))
+            found.append(x)
+        return found
 
 
 def _check(style, make, zero_init_gamma, pre_norm, bases, soft_gates, halves) -> None:

@@ -177,6 +177,7 @@ class SNGAN(nnx.Module):
       generator_features: Channels of the generator.
       discriminator_features: Channels of the discriminator.
       discriminator_blocks: At least 2; these halve the sides, the others leave them.
+      width: Multiplies all channel numbers.
       activation: What stands in for ReLU, a key of `parts.ACTIVATIONS`.
       rngs: Source of the initial values.
 
@@ -193,6 +194,7 @@ class SNGAN(nnx.Module):
         generator_features: int = 256,
         discriminator_features: int = 128,
         discriminator_blocks: int = 4,
+        width: float = 1.0,
         activation: str = "relu",
         rngs: nnx.Rngs,
     ):
@@ -205,9 +207,13 @@ class SNGAN(nnx.Module):
         ):
             if value < least:
                 raise UserError(f"model.{name}={value}: must be at least {least}")
-        self.generator = Generator(image_shape, latent, generator_features, follows, rngs=rngs)
+        of_generator, of_discriminator = (
+            parts.scaled(features, width)
+            for features in (generator_features, discriminator_features)
+        )
+        self.generator = Generator(image_shape, latent, of_generator, follows, rngs=rngs)
         self.discriminator = Discriminator(
-            image_shape, discriminator_features, discriminator_blocks, follows, rngs=rngs
+            image_shape, of_discriminator, discriminator_blocks, follows, rngs=rngs
         )
 
     def __call__(self, images: Array) -> tuple[Array, Array]:

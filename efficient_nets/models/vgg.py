@@ -25,7 +25,7 @@ FLAT = ("small",)
 
 
 class ConvBlock(nnx.Module):
-    """Convolution, batch norm, activation; 3x3 with bias by default."""
+    """Convolution, batch norm, activation; 3x3 with bias by default, else as of `parts.conv`."""
 
     def __init__(
         self,
@@ -36,9 +36,12 @@ class ConvBlock(nnx.Module):
         use_bias: bool = True,
         activation: parts.Activation = nnx.relu,
         rngs: nnx.Rngs,
+        **geometry: int,
     ):
         self.activation = activation
-        self.conv = parts.conv(in_features, features, kernel, use_bias=use_bias, rngs=rngs)
+        self.conv = parts.conv(
+            in_features, features, kernel, use_bias=use_bias, rngs=rngs, **geometry
+        )
         self.norm = BatchNorm(features, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
@@ -59,6 +62,9 @@ class VGG(nnx.Module):
       width: Multiplies all channel numbers.
       activation: What stands in for ReLU, a key of `parts.ACTIVATIONS`.
       rngs: Source of the initial values.
+
+    Attributes:
+      levels: Static, `(stride, channels)` of each map of `maps`.
     """
 
     def __init__(
@@ -72,19 +78,21 @@ class VGG(nnx.Module):
         rngs: nnx.Rngs,
     ):
         stages = names.pick("model.layout", layout, LAYOUTS)
+        widths = [[parts.scaled(features, width) for features in stage] for stage in stages]
         parts.check_size(image_shape, halvings=len(stages))
         self.stages, self.flat = len(stages), layout in FLAT
         follows = parts.activation(activation)
         channels = image_shape[-1]
-        for number, stage in enumerate(stages, start=1):
+        for number, stage in enumerate(widths, start=1):
             blocks = nnx.List([])
-            for features in (parts.scaled(features, width) for features in stage):
+            for features in stage:
                 block = ConvBlock(
                     channels, features, use_bias=not self.flat, activation=follows, rngs=rngs
                 )
                 blocks.append(block)
                 channels = features
             setattr(self, f"stage{number}", blocks)
+        self.levels = tuple((2**i, stage[-1]) for i, stage in enumerate(widths))
         if self.flat:
             height, width = (side // 2**self.stages for side in image_shape[:2])
             channels *= height * width
@@ -92,9 +100,21 @@ class VGG(nnx.Module):
 
     def __call__(self, images: Array) -> Array:
         """Images `(N, H, W, C)` to logits `(N, num_classes)`."""
-        x = images
+        x = parts.max_pool2(self.maps(images)[-1])
+        return self.head(x.reshape(len(x), -1) if self.flat else parts.global_mean(x))
+
+    def maps(self, images: Array, *, whole: bool = False) -> list[Array]:
+        """What each stage gives, in front of the pooling that ends it; `levels` says how large.
+
+        Args:
+          images: `(N, H, W, C)`.
+          whole: As of `parts.max_pool2`.
+        """
+        x, found = images, []
         for number in range(1, self.stages + 1):
+            if found:
+                x = parts.max_pool2(x, whole=whole)
             for block in getattr(self, f"stage{number}"):
                 x = block(x)
-            x = parts.max_pool2(x)
-        return self.head(x.reshape(len(x), -1) if self.flat else parts.global_mean(x))
+            found.append(x)
+        return found

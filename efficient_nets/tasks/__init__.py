@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from efficient_nets import data
 from efficient_nets.tasks.classification import Classification
+from efficient_nets.tasks.detection import Detection
 from efficient_nets.tasks.generation import Generation
 
 
@@ -54,7 +55,11 @@ class Task(Protocol):
         """Mean loss, and metrics, of the net's outputs for a training batch."""
 
 
-TASKS: dict[str, type[Task]] = {"classification": Classification, "generation": Generation}
+TASKS: dict[str, type[Task]] = {
+    "classification": Classification,
+    "detection": Detection,
+    "generation": Generation,
+}
 
 
 def create(config: ConfigDict) -> Task:
