@@ -85,8 +85,6 @@ class Branch(nnx.Module):
         if self.spectral is None:
             return
         value, self.spectral = self.value(), None
-        if isinstance(self.kernel, kernels.Joint):
-            raise UserError("a kernel that layers share cannot be set for one of them alone")
         if self.factored:
             self.kernel.take(value.cores)
         else:

@@ -112,6 +112,11 @@ class LayerSpec:
                 "kernel_norm='spectral' with start='relinear': that starts kernels at 0, which no "
                 "factor brings to a norm of 1, and the first step would bring to all of it"
             )
+        if self.joint:
+            raise UserError(
+                f"kernel_norm='spectral' with joint={self.joint!r}: each layer's kernel has a norm "
+                "of its own, by which cores that layers share cannot be divided for use"
+            )
         if self.precision.core is not None:
             raise UserError(
                 "kernel_norm='spectral' with precision.core: what is divided is the kernel that "

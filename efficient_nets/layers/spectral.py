@@ -43,8 +43,12 @@ class SpectralNorm(nnx.Module):
         self.u = Direction(start / jnp.linalg.norm(start))
 
     def sigma(self, kernel: Array) -> Array:
-        """`|W u|`, a scalar; 1 where that is 0, so that a kernel of zeros stays one."""
-        square = jnp.sum(jnp.square(_matrix(kernel) @ lax.stop_gradient(self.u[...])))
+        """`|W u| / |u|`, a scalar; 1 where that is 0, so that a kernel of zeros stays one.
+
+        u has the length 1 but in a net whose arrays are moving averages.
+        """
+        u = lax.stop_gradient(self.u[...])
+        square = jnp.sum(jnp.square(_matrix(kernel) @ (u / jnp.linalg.norm(u))))
         return jnp.sqrt(jnp.where(square > 0, square, 1))
 
     def normed(self, kernel: Array | Factored) -> Array | Factored:

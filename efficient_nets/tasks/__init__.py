@@ -24,6 +24,8 @@ class Task(Protocol):
       best_mode: 'max' or 'min' of it.
       fields: Sections and fields of a config that only some tasks heed, and this one does.
       modes: Values of --mode that only some tasks have, and this one does.
+      updates: Where parts of the net have an optimizer each, how many updates a step, by the part's
+        name; other tasks have no such attribute.
     """
 
     name: ClassVar[str]

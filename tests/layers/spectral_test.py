@@ -135,5 +135,7 @@ def test_errors():
         LayerSpec(kernel_norm="spectrum")
     with pytest.raises(UserError, match="start='relinear'"):
         dataclasses.replace(SPECTRAL, start="relinear")
+    with pytest.raises(UserError, match="joint='name'"):
+        LayerSpec(kernel="tt:2", joint="name", kernel_norm="spectral")
     with pytest.raises(UserError, match="precision.core"):
         LayerSpec(kernel="tt:2", precision="lsq:c4", kernel_norm="spectral")
