@@ -1,6 +1,6 @@
 """The same net as `sngan_cifar`, generator and discriminator quadratic in their residual blocks.
 
-    python -m efficient_nets.main --config=configs/qsngan_cifar.py --workdir=runs/qsngan_cifar \
+    python -m efficient_nets.main --config=configs/qsngan_cifar.py --workdir=runs/qsngan_cifar \\
         --config.generation.features=runs/resnet
 
 14,494,084 parameters, 5.59 G MACs for one image of each part. Not run here: `sngan_mnist` is the

@@ -1,7 +1,7 @@
 """SNGAN at the size of its paper, on CIFAR-10 without classes.
 
     python -m efficient_nets.main --config=configs/resnet.py --workdir=runs/resnet
-    python -m efficient_nets.main --config=configs/sngan_cifar.py --workdir=runs/sngan_cifar \
+    python -m efficient_nets.main --config=configs/sngan_cifar.py --workdir=runs/sngan_cifar \\
         --config.generation.features=runs/resnet
     python -m efficient_nets.main --config=configs/sngan_cifar.py:ours   # or any other neuron
 

@@ -1,12 +1,17 @@
 """A small SNGAN on MNIST at 16x16, linear or quadratic, for two CPU cores.
 
-    python -m efficient_nets.main --config=configs/lenet.py --workdir=runs/lenet16 \
+    python -m efficient_nets.main --config=configs/lenet.py --workdir=runs/lenet16 \\
         --config.data.image_size=16 --config.model.width=0.5 --config.train.epochs=3
-    python -m efficient_nets.main --config=configs/sngan_mnist.py \
+    python -m efficient_nets.main --config=configs/sngan_mnist.py \\
         --config.generation.features=runs/lenet16
-    python -m efficient_nets.main --config=configs/sngan_mnist.py:ours \
+    python -m efficient_nets.main --config=configs/sngan_mnist.py:ours \\
         --config.generation.features=runs/lenet16
-    python -m efficient_nets.main --config=configs/sngan_mnist.py:linear,fashion_mnist ...
+    python -m efficient_nets.main --config=configs/sngan_mnist.py:linear,dataset=fashion_mnist
+
+74,402 parameters, 5.69 M MACs for one image of each part; quadratic 169,202 and 16.8 M. One
+epoch, 1,875 updates of each part with 32 images.
+
+RESULT
 """
 
 from efficient_nets import recipes

@@ -93,7 +93,8 @@ def a_state(run):
     return jax.device_put(state, jax.tree.map(lambda x: x.sharding, run.abstract))
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 8])
 def test_a_step_is_the_updates_one_after_the_other(devices, monkeypatch):
     every = jax.local_devices()[:devices]
     monkeypatch.setattr(jax, "devices", lambda: every)

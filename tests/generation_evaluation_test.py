@@ -77,7 +77,8 @@ def test_a_run_is_judged_by_a_classifier_and_by_a_file(tmp_path):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert sum("test/fid" in line for line in lines) == 2
     for step in (2, 4):
-        assert Image.open(workdir / "plots" / f"samples-{step}.png").size == (24, 24)
+        with Image.open(workdir / "plots" / f"samples-{step}.png") as picture:
+            assert picture.size == (24, 24)
 
     run = experiment.build(config, data.load(config.data, config.task))
     state = workdirs.restore_for_evaluation(run, workdir, "newest")
