@@ -24,7 +24,7 @@ from efficient_nets.errors import UserError
 from efficient_nets.layers import rules
 from efficient_nets.ops.quantizers import CALIBRATIONS
 from efficient_nets.search import rewards, strategies
-from efficient_nets.tasks import classification, detection
+from efficient_nets.tasks import classification, detection, generation
 
 PRETRAINED = "pretrain"  # teacher.checkpoint: the net in float of config.pretrain
 # A run may be resumed with other values here: they do not change what is computed.
@@ -59,14 +59,15 @@ BOUNDS = {
     "at least 1": (
         lambda x: x >= 1,
         (
-            *("checkpoint.keep", "optimizer.accumulate"),
+            *("checkpoint.keep", "optimizer.accumulate", "generation.grid"),
+            *("generation.critic_updates", "generation.generator_batches"),
             *("winas.latency_batch_size", "winas.latency_repeats"),
             *("search.updates", "search.proposals", "search.batch_size", "search.shown"),
             *("search.finalists", "search.norm_batches", "search.latency_batch_size"),
             "search.latency_repeats",
         ),
     ),
-    "at least 2": (lambda x: x >= 2, ("search.ranked",)),
+    "at least 2": (lambda x: x >= 2, ("search.ranked", "generation.samples")),
     "at least 0": (
         lambda x: x >= 0,
         (
@@ -279,6 +280,7 @@ def defaults() -> ConfigDict:
             **strategies.options(),
         )
     )
+    config.generation = ConfigDict(generation.defaults())
     config.deploy = ConfigDict(  # what --mode=deploy does with a rounded net
         dict(
             fold=True,  # batch norms become parts of the layers in front of them

@@ -10,7 +10,15 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from efficient_nets import data, detection_evaluation, experiment, reporting, sharding, workdirs
+from efficient_nets import (
+    data,
+    detection_evaluation,
+    experiment,
+    generation_evaluation,
+    reporting,
+    sharding,
+    workdirs,
+)
 from efficient_nets.experiment import Experiment, TrainState
 from efficient_nets.feeding import eval_batches, put_resident
 from efficient_nets.tasks import classification
@@ -68,7 +76,13 @@ class Evaluator:
 
 
 # By task: each is made and called as `Evaluator` is, with what `compiled` gives for all splits.
-EVALUATORS = {"classification": Evaluator, "detection": detection_evaluation.Evaluator}
+EVALUATORS = {
+    "classification": Evaluator,
+    "detection": detection_evaluation.Evaluator,
+    "generation": generation_evaluation.Evaluator,
+}
+# By task, of those whose --mode=eval leaves more than scores: `(run, state, workdir)` gives a path.
+WRITERS = {"generation": generation_evaluation.write_samples}
 
 
 def evaluate(config: ConfigDict, workdir: pathlib.Path, folder: pathlib.Path, which: str) -> None:
@@ -90,7 +104,12 @@ def evaluate(config: ConfigDict, workdir: pathlib.Path, folder: pathlib.Path, wh
             pictures |= evaluator.pictures()
         for path in reporting.save_pictures(workdir, pictures):
             print(f"pictures     {path}")
-    workdirs.write_eval(workdir, {"step": step, "checkpoint": str(folder)} | scores)
+    if (write := WRITERS.get(run.task.name)) is not None:
+        path = write(run, state, workdir)
+        if jax.process_index() == 0:
+            print(f"samples      {path}")
+    named = {"step": step, "checkpoint": str(folder)}
+    workdirs.write_eval(workdir, named | scores | features_of(run))
 
 
 def _step(run: Experiment, net, batch, scores):
@@ -116,6 +135,12 @@ def evaluators(run: Experiment) -> list[Evaluate]:
     kind = EVALUATORS[run.task.name]
     step = kind.compiled(run)
     return [kind(run, split, step) for split in splits]
+
+
+def features_of(run: Experiment) -> dict[str, str]:
+    """What a generator's scores are by, for the files that hold them."""
+    features = run.config.generation.features
+    return {"features": features} if features else {}
 
 
 def evaluate_all(evaluators: list[Evaluate], state: TrainState) -> dict[str, float]:

@@ -148,7 +148,11 @@ def build(config: ConfigDict, dataset: data.Dataset, *, training: bool = True) -
     rate = optim.schedule(
         config.schedule, config.optimizer.learning_rate, config.train.epochs, updates
     )
-    optimizer = optim.optimizer(config.optimizer, rate, nnx.to_pure_dict(params))
+    task, params = tasks.create(config), nnx.to_pure_dict(params)
+    if apart := getattr(task, "updates", None):
+        optimizer = optim.apart(config.optimizer, rate, params, apart)
+    else:
+        optimizer = optim.optimizer(config.optimizer, rate, params)
     shapes = jax.eval_shape(functools.partial(_init, config, dataset.info, optimizer))
     shardings = sharding.state_shardings(shapes, shapes.params, config.sharding.rules, mesh)
     abstract = jax.tree.map(
@@ -158,7 +162,7 @@ def build(config: ConfigDict, dataset: data.Dataset, *, training: bool = True) -
         config=config,
         mesh=mesh,
         dataset=dataset,
-        task=tasks.create(config),
+        task=task,
         graph=graph,
         optimizer=optimizer,
         rate=rate,

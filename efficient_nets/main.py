@@ -78,6 +78,11 @@ def _run(config, workdir: pathlib.Path) -> None:
         )
     if MODE.value == "train" and config.mixed != configs.defaults().mixed:
         raise UserError("mixed: only --mode=sensitivity heeds it; train the config that it writes")
+    if MODE.value == "train" and config.generation.features.startswith("file:"):
+        raise UserError(
+            f"generation.features={config.generation.features!r}: it is of samples of a trained "
+            "net, for --mode=eval alone"
+        )
     if config.search.strategy and MODE.value not in OF_SEARCH:
         raise UserError(
             f"search.strategy={config.search.strategy!r}: --mode is one of {', '.join(OF_SEARCH)}; "

@@ -1,5 +1,6 @@
 """Optimizers and learning-rate schedules, from optax, with decay and rate set by parameter path."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -181,6 +182,49 @@ def optimizer(config: ConfigDict, rate: Schedule, params: Any) -> optax.Gradient
     if config.accumulate > 1:
         chain = optax.MultiSteps(chain, config.accumulate).gradient_transformation()
     return optax.GradientTransformation(chain.init, _standard_promotion(chain.update))
+
+
+@dataclasses.dataclass(frozen=True)
+class Apart:
+    """An optimizer for each part of a net, as a generator and its discriminator have.
+
+    Attributes:
+      chains: By the parts' names, the first ones in the parameters' paths. Each takes gradients and
+        parameters `{part: ...}`, so that rules see the whole paths.
+    """
+
+    chains: dict[str, optax.GradientTransformation]
+
+    def init(self, params: dict) -> dict:
+        """States by part."""
+        return {part: chain.init({part: params[part]}) for part, chain in self.chains.items()}
+
+
+def apart(config: ConfigDict, rate: Schedule, params: Any, updates: dict[str, int]) -> Apart:
+    """`optimizer` for each part.
+
+    Args:
+      config: `config.optimizer`.
+      rate: Learning rate by number of steps.
+      params: Parameters or their shapes.
+      updates: How many each part has a step.
+
+    Raises:
+      UserError: as of `optimizer`, of the whole net.
+    """
+    optimizer(config, rate, params)  # which checks the rules
+    chains = {}
+    for part, number in updates.items():
+        own = {part: params[part]}
+        section = config.copy_and_resolve_references()
+        idle = paths.unmatched([dict(rule) for rule in config.rules], own)
+        section.rules = tuple(rule for rule in config.rules if rule["match"] not in idle)
+        chains[part] = optimizer(section, functools.partial(_at_step, rate, number), own)
+    return Apart(chains)
+
+
+def _at_step(rate: Schedule, number: int, update: jax.Array) -> jax.Array:
+    return rate(update // number)
 
 
 def is_update(step: jax.Array, accumulate: int) -> jax.Array:

@@ -422,3 +422,38 @@ def cell_search(precision: str, strategy: str):
         config.search.reward = "cost_aware"
         config.search.cost_weight = 0.1 if strategy in ("darts", "gumbel") else 0.0
     return config
+
+
+def sngan(dataset: str = "cifar10", *, neuron: str = "linear"):
+    """A config of SNGAN at the size of its paper for CIFAR-10 (Miyato et al., arXiv 1802.05957).
+
+    Adam with learning rate 2e-4, beta (0, 0.9), decayed linearly to 0 over 50,000 updates of the
+    generator; 5 updates of the discriminator to each, with 64 images, 128 for the generator. The
+    generator that is evaluated is a moving average, which is not the paper's.
+
+    Args:
+      dataset: The data set's name.
+      neuron: Of all convolutions in residual blocks but the shortcuts. Other ones than 'linear'
+        have a batch norm on their branches in the generator.
+    """
+    config = configs.defaults()
+    config.task = "generation"
+    config.model = configs.model("sngan")
+    if neuron != "linear":
+        config.layers = (
+            dict(match=r"generator/blocks/.*/conv", neuron=neuron, norm="branch"),
+            dict(match=r"discriminator/blocks/.*/conv", neuron=neuron),
+        )
+    config.data.name = dataset
+    channels = 1 if dataset in ("mnist", "fashion_mnist") else 3
+    config.data.mean = config.data.std = (0.5,) * channels
+    config.optimizer.name = "adam"
+    config.optimizer.learning_rate = 2e-4
+    config.optimizer.b1, config.optimizer.b2 = 0.0, 0.9
+    config.schedule.name = "poly"
+    config.train.batch_size = 5 * 64
+    config.train.epochs = 320.0
+    config.train.ema = 0.999
+    config.evaluate.every_epochs = 10.0
+    config.checkpoint.every_epochs = 10.0
+    return config

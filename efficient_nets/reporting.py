@@ -129,11 +129,15 @@ class Reporter:
                 analysis.add_histogram(self._board, name, histogram, step)
 
     def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
-        """Writes plots/NAME.png, over that of an earlier step, and TensorBoard's of each step."""
+        """Writes plots/NAME.png, over that of an earlier step, and TensorBoard's of each step.
+
+        A name that ends in the step, as samples-100, is one in TensorBoard without it.
+        """
         if self.active:
             save_pictures(self._workdir, pictures)
         if self._board is not None:
             for name, picture in pictures.items():
+                name = name.removesuffix(f"-{step}")
                 self._board.add_image(name, picture, step, dataformats="HWC")
 
     def line(self, text: str) -> None:

@@ -22,6 +22,7 @@ from jax import lax
 from ml_collections import ConfigDict
 
 from efficient_nets import (
+    adversarial,
     analysis,
     calibration,
     conversion,
@@ -41,7 +42,7 @@ from efficient_nets import config as configs
 from efficient_nets.checkpoint import Checkpoints
 from efficient_nets.distillation import Teacher
 from efficient_nets.errors import TrainingDiverged
-from efficient_nets.evaluation import evaluate_all, evaluators, put_resident
+from efficient_nets.evaluation import evaluate_all, evaluators, features_of, put_resident
 from efficient_nets.experiment import Experiment, TrainState
 from efficient_nets.preemption import Preemption
 
@@ -271,7 +272,11 @@ def train_step(
 
 # The step of a task: `(run, state, batch, resident, teacher)` gives the new state, and metrics that
 # hold a loss, or several names that end in _loss, and those of `updates.updated`. Pure.
-STEPS = dict.fromkeys(("classification", "detection"), train_step)
+STEPS = {
+    "classification": train_step,
+    "detection": train_step,
+    "generation": adversarial.train_step,
+}
 
 
 def _watched(model: nnx.Module, images):
@@ -351,6 +356,7 @@ def _result(run: Experiment, state: TrainState, meta: dict, costs: dict) -> dict
         "seconds": meta["seconds"],
         "images_per_second": meta["images_per_second"],
         "dataset": run.dataset.info.name,
+        **features_of(run),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "config_hash": configs.fingerprint(run.config),
         "params_digest": digest(state.params),

@@ -41,10 +41,22 @@ def updated(
       The new state; norms of the gradient and of the new parameters, and the learning rate.
     """
     updates, optimizer = run.optimizer.update(gradient, state.optimizer, state.params)
-    params = _held(run, state, optax.apply_updates(state.params, updates))
+    params = optax.apply_updates(state.params, updates)
+    state, metrics = stepped(run, state, params, stats, optimizer)
+    return state, {"gradient_norm": optax.tree.norm(gradient)} | metrics
+
+
+def stepped(
+    run: Experiment, state: TrainState, params, stats, optimizer
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The state a step on, with parameters and the other arrays as an update left them.
+
+    Returns:
+      The new state; the norm of its parameters, and the learning rate.
+    """
+    params = _held(run, state, params)
     accumulate = run.config.optimizer.accumulate
     metrics = {
-        "gradient_norm": optax.tree.norm(gradient),
         "parameter_norm": optax.tree.norm(params),
         "learning_rate": jnp.asarray(run.rate(state.step // accumulate), jnp.float32),
     }

@@ -53,7 +53,7 @@ class Reader:
     def main(self, words):
         """The command itself, on 16 digits and a 16th of the channels, with its folders moved."""
         moved = "workdir|checkpoint|reference|config.checkpoint.convert_from|config(?==runs)"
-        moved += "|input"
+        moved += "|input|config.generation.features"
         moved = f"^(--(?:{moved})=)"
         words = [re.sub(moved, rf"\1{self.folder}/", word) for word in words]
         if not any(word.startswith("--workdir") for word in words):
@@ -71,8 +71,8 @@ class Reader:
         assert status == 0, err
 
     def tiny_net(self, words):
-        if any("factorized" in word for word in words):
-            return []  # LeNet is small
+        if any(re.search("factorized|lenet|sngan", word) for word in words):
+            return []  # they are small
         if any("ssd" in word for word in words):
             return [
                 *("--config.data.name=squares", f"--config.data.dir={self.boxes}"),

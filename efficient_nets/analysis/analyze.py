@@ -292,7 +292,7 @@ def _kernel_gradients(layer, gradient) -> dict[str, Array]:
     found = {}
     for name in layer.spec.branches:
         own, change = (getattr(of, name) for of in (layer, gradient))
-        found[name] = _step(own.kernel, change.kernel) if own.factored else change.value()
+        found[name] = _step(own.kernel, change.kernel) if own.factored else change.held
     return found
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from clu import parameter_overview
 from flax import nnx
 
-from efficient_nets.layers import Codes, Embedding, Layer, TDense, layers, watched
+from efficient_nets.layers import Codes, Embedding, Layer, LayerSpec, TDense, layers, watched
 from efficient_nets.layers.kernel import Joint, Kernel
 from efficient_nets.layers.winograd import is_transformable, transform_layer
 from efficient_nets.ops import factorization, forms, packing, quantizers, tproduct
@@ -196,7 +196,7 @@ def _layer_cost(path: str, layer: Layer, input_shape, output_shape, owns: bool) 
         output_shape=output_shape,
         neuron=spec.neuron,
         norm=spec.norm,
-        kernel=f"{spec.kernel}, {spec.joint}" if spec.joint else str(spec.kernel),
+        kernel=", ".join(_kernel_words(spec)),
         algorithm=str(spec.algorithm),
         precision=str(spec.precision),
         bits=held_bits,
@@ -209,6 +209,12 @@ def _layer_cost(path: str, layer: Layer, input_shape, output_shape, owns: bool) 
         macs=sum(count for count, *_ in products),
         bops=sum(math.prod(each) for each in products),
     )
+
+
+def _kernel_words(spec: LayerSpec) -> list[str]:
+    """The form, then what is particular: the name of layers that share, the norm of kernels."""
+    norm = "" if spec.kernel_norm == "none" else spec.kernel_norm
+    return [word for word in (str(spec.kernel), spec.joint, norm) if word]
 
 
 def _shared(module: nnx.Module) -> dict[int, Kernel]:
@@ -332,6 +338,7 @@ def _as_filed(module: nnx.Module) -> nnx.Module:
     """The net whose rounded kernels are those of a file, which are transformed ones."""
     module = nnx.merge(*nnx.split(module))
     for _, layer in layers(module):
+        layer.fix_kernels()
         quantizer = layer.spec.precision.transformed_kernel
         if quantizer is not None and not quantizer.stop_epoch and is_transformable(layer):
             transform_layer(layer)

@@ -44,6 +44,7 @@ def fold_norms(model: nnx.Module, image_shape: Sequence[int]) -> tuple[nnx.Modul
     model.eval()
     left = {}
     for path, layer in layers.layers(model):
+        layer.fix_kernels()
         if layer.spec.norm == "branch" and (reason := _fold_branches(layer)):
             left |= {f"{path}/{name}/norm": reason for name in layer.spec.branches}
     nodes = {"/".join(map(str, path)): node for path, node in nnx.iter_graph(model)}

@@ -49,6 +49,7 @@ def to_integers(model: nnx.Module, *, settle: bool = False, operands: str = "int
     model = nnx.merge(*nnx.split(model))
     model.eval()
     for _, layer in layers.layers(model):
+        layer.fix_kernels()
         if layer.ranges is None:
             continue
         _settle(layer, settle)

@@ -19,6 +19,7 @@ embed_normal = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", out_ax
 ALLOWED = {
     "neuron": ("linear",),
     "norm": ("none",),
+    "kernel_norm": ("none",),
     "algorithm": ("direct",),
     "precision": ("float",),
     "start": ("own", "kept"),

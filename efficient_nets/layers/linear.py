@@ -160,7 +160,8 @@ class Layer(nnx.Module):
 
     def _stores(self, before: LayerSpec, after: LayerSpec) -> bool:
         """Whether both have the same parameters in the branches."""
-        same = (before.neuron, before.norm) == (after.neuron, after.norm)
+        fields = ("neuron", "norm", "kernel_norm")
+        same = all(getattr(before, field) == getattr(after, field) for field in fields)
         if not same or before.joint != after.joint:
             return False
         if after.joint:
@@ -364,6 +365,7 @@ class Layer(nnx.Module):
             for name, core in self.cores.items():
                 found = self.ranges[name]
                 found.update(quantizers.observe(found.quantizer, core[...], found.arrays()))
+        self.advance()
         static, arguments = self.unit_arguments()
         static = dataclasses.replace(static, activation=activation, peak=wanted("peaks"))
         if norm is not None:
@@ -389,6 +391,18 @@ class Layer(nnx.Module):
             norm.update(statistics.outer)
         self.count()
         return y
+
+    def advance(self) -> None:
+        """Spectral norms come nearer to their kernels, in front of a call in training."""
+        for branch in self.branches:
+            if branch.spectral is not None:
+                branch.spectral.advance(branch.held)
+
+    def fix_kernels(self) -> None:
+        """Gives the kernels the norm that they are computed with, for use, in place."""
+        for branch in self.branches:
+            branch.fix()
+        self.spec = dataclasses.replace(self.spec, kernel_norm="none")
 
     def count(self) -> None:
         """A call was made: dropout draws anew for the next."""

@@ -13,6 +13,7 @@ from efficient_nets.layers import kernel as kernels
 from efficient_nets.layers.geometry import Geometry
 from efficient_nets.layers.norm import BatchNorm
 from efficient_nets.layers.spec import LayerSpec
+from efficient_nets.layers.spectral import SpectralNorm
 from efficient_nets.ops import factorization, forms
 from efficient_nets.ops.factorization import Factored, Network
 
@@ -32,7 +33,7 @@ class Branch(nnx.Module):
     """Parameters of one linear map: `kernel`, perhaps `bias` `(C,)`, perhaps a branch norm.
 
     The kernel is an array, a `Kernel` with the cores of a factorized one, or a layer's part of one
-    that layers share, `Joint`.
+    that layers share, `Joint`. `spectral` is what it is divided by, or None.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Branch(nnx.Module):
         run="",
         use_bias,
         norm,
+        spectral=False,
         kernel_init,
         bias_init,
         param_dtype,
@@ -58,18 +60,35 @@ class Branch(nnx.Module):
             nnx.Param(bias_init(rngs.params(), (features,), param_dtype)) if use_bias else None
         )
         self.norm = BatchNorm(features, rngs=rngs) if norm else None
+        # Drawn last: with and without it all else starts alike.
+        self.spectral = SpectralNorm(features, param_dtype, rngs=rngs) if spectral else None
 
     @property
     def factored(self) -> bool:
         return isinstance(self.kernel, kernels.Kernel | kernels.Joint)
 
+    @property
+    def held(self) -> Array | Factored:
+        """The kernel as its parameters say, not divided by its spectral norm."""
+        return self.kernel.value() if self.factored else self.kernel[...]
+
     def value(self) -> Array | Factored:
         """The kernel as `ops` take it."""
-        return self.kernel.value() if self.factored else self.kernel[...]
+        return self.held if self.spectral is None else self.spectral.normed(self.held)
 
     def dense(self) -> Array:
         """The kernel as an array."""
         return factorization.dense(self.value())
+
+    def fix(self) -> None:
+        """Puts the kernel as it is computed with in the place of the one that was divided."""
+        if self.spectral is None:
+            return
+        value, self.spectral = self.value(), None
+        if self.factored:
+            self.kernel.take(value.cores)
+        else:
+            self.kernel[...] = value
 
     def set_dense(self, kernel: Array, form: str) -> None:
         """Takes the values of a kernel, a factorized one those of its decomposition."""
@@ -126,6 +145,7 @@ def make(
             run="" if network is None else spec.kernel.run,
             use_bias=use_bias and parts.bias == "branch",
             norm=spec.norm == "branch",
+            spectral=spec.kernel_norm == "spectral",
             kernel_init=_kernel_init(geometry, spec, index, reads),
             bias_init=geometry.bias_init,
             param_dtype=geometry.param_dtype,

@@ -218,6 +218,8 @@ def _for_steps(layer: Dense, positions: int) -> Dense:
     """
     layer = nnx.merge(*nnx.split(layer))
     layer.watch = layer.prepare = None
+    if layer.spec.kernel_norm != "none":
+        layer.advance()  # as the call for all steps will
     for found in (layer.ranges or {}).values():
         found.use_running_average = True
     if layer.branches[0].factored:
@@ -229,8 +231,10 @@ def _for_steps(layer: Dense, positions: int) -> Dense:
                 if reconstructs
                 else kernels.Kernel(kernel.network, kernel.run, kernel.cores)
             )
+            getattr(layer, name).spectral = None
         precision = dataclasses.replace(layer.spec.precision, core=None)
         layer.spec = dataclasses.replace(layer.spec, precision=precision)
+    layer.fix_kernels()
     return layer
 
 

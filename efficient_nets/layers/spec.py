@@ -17,6 +17,10 @@ from efficient_nets.ops.precision import Precision
 from efficient_nets.ops.winograd import Winograd
 
 NORMS = {"none": "no norm before the product", "branch": "a batch norm on each branch"}
+KERNEL_NORMS = {
+    "none": "kernels as they are held",
+    "spectral": "each branch's kernel divided by its largest singular value, see `layers.spectral`",
+}
 BACKWARDS = {
     "hybrid": "symbolic, keeps x and per-channel statistics only; reverse mode only",
     "autodiff": "keeps every intermediate; forward mode and higher derivatives too",
@@ -33,6 +37,7 @@ STARTS = {
 }
 AXES = {
     "norm": NORMS,
+    "kernel_norm": KERNEL_NORMS,
     "backward": BACKWARDS,
     "start": STARTS,
 }
@@ -46,6 +51,7 @@ class LayerSpec:
       neuron: How the branches combine: a name in `ops.neurons.NEURONS`, or 't1:R' or 'cqnn:R' for
         forms of rank R.
       norm: 'branch' puts a batch norm on every branch of the neuron, 'none' does not.
+      kernel_norm: 'spectral' divides each branch's kernel by its largest singular value; 'none'.
       backward: 'hybrid' or 'autodiff'. A linear neuron without branch norm has nothing to save, so
         it is differentiated by JAX under either name.
       kernel: How weights are stored: 'dense', a short form such as 'tt:8', or a mapping with the
@@ -66,6 +72,7 @@ class LayerSpec:
 
     neuron: str = "linear"
     norm: str = "none"
+    kernel_norm: str = "none"
     backward: str = "hybrid"
     kernel: Factorization | str | Mapping = factorization.DENSE
     algorithm: Winograd | str | Mapping = winograd.DIRECT
@@ -95,6 +102,26 @@ class LayerSpec:
                 raise UserError(
                     f"start={self.start!r} with norm={self.norm!r}: the norm undoes every scale"
                 )
+
+        if self.kernel_norm == "spectral":
+            self._check_spectral()
+
+    def _check_spectral(self) -> None:
+        if self.start == "relinear":
+            raise UserError(
+                "kernel_norm='spectral' with start='relinear': that starts kernels at 0, which no "
+                "factor brings to a norm of 1, and the first step would bring to all of it"
+            )
+        if self.joint:
+            raise UserError(
+                f"kernel_norm='spectral' with joint={self.joint!r}: each layer's kernel has a norm "
+                "of its own, by which cores that layers share cannot be divided for use"
+            )
+        if self.precision.core is not None:
+            raise UserError(
+                "kernel_norm='spectral' with precision.core: what is divided is the kernel that "
+                "the cores make; round that, precision.kernel"
+            )
 
     def _check_algorithm(self) -> None:
         if self.algorithm == winograd.DIRECT:
@@ -178,7 +205,7 @@ class LayerSpec:
     @property
     def storage(self) -> tuple:
         """The axes that decide which parameters the branches have; the others read the same."""
-        return self.neuron, self.norm, self.kernel, self.joint
+        return self.neuron, self.norm, self.kernel_norm, self.kernel, self.joint
 
     @property
     def branches(self) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ def transform_kernels(model: nnx.Module) -> nnx.Module:
     model = nnx.merge(*nnx.split(model))
     model.eval()
     for _, layer in rules.layers(model):
+        layer.fix_kernels()
         if is_transformable(layer):
             transform_layer(layer)
     return model

@@ -3,7 +3,8 @@
     model = models.create("resnet", image_shape=(32, 32, 3), num_classes=10, rngs=rngs, depth=32)
     logits = model(images)
 
-Every model maps float images `(N, H, W, C)` to logits `(N, num_classes)`.
+Every classifier maps float images `(N, H, W, C)` to logits `(N, num_classes)`; for other nets see
+`TASKS`.
 """
 
 import inspect
@@ -25,6 +26,7 @@ from efficient_nets.models.quadranet import QuadraNet
 from efficient_nets.models.resnet import ResNet
 from efficient_nets.models.resnext import ResNeXt
 from efficient_nets.models.rnn import RNN
+from efficient_nets.models.sngan import SNGAN
 from efficient_nets.models.squeezenet import SqueezeNet
 from efficient_nets.models.ssd import SSD
 from efficient_nets.models.tnn import TNN, ConvTNN
@@ -46,11 +48,12 @@ MODELS = {
     "conv_tnn": ConvTNN,
     "rnn": RNN,
     "cells": Cells,
+    "sngan": SNGAN,
     "ssd": SSD,
 }
 
 # What architectures are for, as `config.task` calls it; those that are not here classify.
-TASKS = {"ssd": "detection"}
+TASKS = {"sngan": "generation", "ssd": "detection"}
 
 # Options of published variants, by architecture and their own name.
 PRESETS = {"resnet": resnet.PRESETS}

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from efficient_nets import data
 from efficient_nets.tasks.classification import Classification
 from efficient_nets.tasks.detection import Detection
+from efficient_nets.tasks.generation import Generation
 
 
 class Task(Protocol):
@@ -23,6 +24,8 @@ class Task(Protocol):
       best_mode: 'max' or 'min' of it.
       fields: Sections and fields of a config that only some tasks heed, and this one does.
       modes: Values of --mode that only some tasks have, and this one does.
+      updates: Where parts of the net have an optimizer each, how many updates a step, by the part's
+        name; other tasks have no such attribute.
     """
 
     name: ClassVar[str]
@@ -54,7 +57,11 @@ class Task(Protocol):
         """Mean loss, and metrics, of the net's outputs for a training batch."""
 
 
-TASKS: dict[str, type[Task]] = {"classification": Classification, "detection": Detection}
+TASKS: dict[str, type[Task]] = {
+    "classification": Classification,
+    "detection": Detection,
+    "generation": Generation,
+}
 
 
 def create(config: ConfigDict) -> Task:
