@@ -12,6 +12,7 @@ import pathlib
 import numpy as np
 
 from efficient_nets.analysis import figures
+from efficient_nets.models import operations
 from efficient_nets.models.space import CELLS, INPUT, OP, PRECISION, Space
 
 COLORS = {"input": "white", "op": "khaki", "sum": "palegreen", "concat": "lightpink"}
@@ -40,8 +41,8 @@ class Place:
 def draw(space: Space, architecture, path: pathlib.Path, title: str = "") -> None:
     """Writes both cells as a PNG, one below the other.
 
-    Numbers of inputs and sums are those that the tokens have. Ops show their precision where the
-    space has several.
+    Numbers of inputs and sums are those that the tokens have. Ops with layers show their precision
+    where the space has several.
 
     Args:
       space: Of the architecture.
@@ -115,7 +116,7 @@ def columns_of(space: Space, cell: np.ndarray) -> list[list[Place]]:
         pair = []
         for operand in operands:
             label = space.ops[operand[OP]]
-            if len(space.precisions) > 1:
+            if len(space.precisions) > 1 and operations.parse(label).has_layers:
                 label += f"\n{space.precisions[operand[PRECISION]]}"
             pair.append(put(Place("op", label, column, [reached(operand[INPUT], column)])))
         ends.append(put(Place("sum", f"+\n{number + 2}", column + 1, pair)))

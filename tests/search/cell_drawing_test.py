@@ -26,7 +26,9 @@ def test_it_names_every_op_and_precision_and_writes_a_png(tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG")
     found = texts(cell_drawing.picture(SPACE, architecture))
     for _, op, precision in architecture.reshape(-1, 3):
-        found.remove(f"{SPACE.ops[op]}\n{SPACE.precisions[precision]}")
+        name = SPACE.ops[op]
+        rounds = name not in ("avg3", "max3", "identity")
+        found.remove(f"{name}\n{SPACE.precisions[precision]}" if rounds else name)
     sums = [f"+\n{number}" for number in range(2, 9)]
     rest = ["input 0", "input 1", *sums, "con\ncat"]
     assert sorted(found) == sorted([*rest, *rest, "normal cell", "reduction cell"])
