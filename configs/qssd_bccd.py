@@ -1,19 +1,27 @@
-"""A small quadratic SSD on blood cells."""
+"""A small quadratic SSD on the blood cells of BCCD: 205 images, 3 classes.
+
+    python -m efficient_nets.main --config=configs/qssd_bccd.py --workdir=runs/qssd_bccd
+    python -m efficient_nets.main --config=configs/qssd_bccd.py:linear
+    python -m efficient_nets.main --config=configs/qssd_bccd.py --workdir=runs/qssd_bccd \\
+        --mode=predict --step=best --input=IMAGE_OR_FOLDER
+
+4,026,784 parameters, 338 M MACs; linear 1,661,728 and 146 M. RESULT
+"""
 
 from efficient_nets import config as configs
-from efficient_nets import recipes
+from efficient_nets import names, recipes
 
 
-def get_config(neuron: str = "ours"):
+def get_config(neuron: str = "quadratic"):
+    names.pick("the config's argument", neuron, {"quadratic": None, "linear": None})
     config = configs.defaults()
     config.task = "detection"
     config.model = configs.model("ssd", backbone="resnet", blocks=(1, 1, 1, 1), width=0.5)
-    if neuron != "linear":
-        rule = recipes.QUADRATIC | {"neuron": neuron}
-        config.layers = (dict(match=r"backbone/stage\d/.*/conv\d", **rule),)
+    if neuron == "quadratic":
+        config.layers = (dict(recipes.QUADRATIC_DETECTOR),)
     config.data.name = "bccd"
-    config.data.train, config.data.validation, config.data.test = "train", "validation", "test"
-    config.data.image_size = 160
+    config.data.validation = "validation"
+    config.data.image_size = 128
     config.data.max_boxes = 40
     config.data.flip = True
     config.detection.expand = 1.5
@@ -22,10 +30,8 @@ def get_config(neuron: str = "ours"):
     config.optimizer.weight_decay = 1e-4
     config.optimizer.clip_norm = 10.0
     config.schedule.warmup_epochs = 2.0
-    config.train.epochs = 60.0
-    config.train.batch_size = 16
-    config.evaluate.batch_size = 16
-    config.evaluate.every_epochs = 5.0
-    config.checkpoint.every_epochs = 5.0
+    config.train.epochs = 20.0
+    config.train.batch_size = config.evaluate.batch_size = 16
+    config.evaluate.every_epochs = config.checkpoint.every_epochs = 10.0
     config.log.every_steps = 12
     return config

@@ -77,6 +77,8 @@ BOUNDS = {
             *("calibration.batch_size", "calibration.norm_batches", "deploy.bias_correction"),
             *("pretrain.epochs", "winas.warmup_epochs", "winas.cost_weight"),
             *("schedule.warmup_epochs", "schedule.end_value", "log.histograms_every_epochs"),
+            *("detection.negatives", "detection.box_weight", "detection.drawn"),
+            "detection.drawn_score",
         ),
     ),
     "above 0 and at most 1": (lambda x: 0 < x <= 1, ("teacher.weight",)),

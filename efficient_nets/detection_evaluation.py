@@ -1,6 +1,7 @@
 """Average precision of a train state over a whole split, and pictures of what it sees."""
 
 import functools
+import itertools
 
 import jax
 import numpy as np
@@ -13,6 +14,8 @@ from efficient_nets.feeding import eval_batches, put_resident
 from efficient_nets.prediction import found_of
 from efficient_nets.tasks import average_precision
 from efficient_nets.tasks.average_precision import Truth
+
+PICTURE = 320  # pixels of the longer side of an image that is drawn
 
 
 class Evaluator:
@@ -43,20 +46,17 @@ class Evaluator:
         info, drawn = self._run.dataset.info, self._run.config.detection.drawn
         found, truth, self._pictures = [], [], []
         for batch in eval_batches(self._run, self.split):
-            detections, there, images = sharding.fetch(self._step(state.net, batch, self._resident))
-            for own, label, boxes, difficult, weight, image in zip(
-                found_of(detections),
-                *(there[name] for name in ("label", "boxes", "difficult", "weight")),
-                images,
-                strict=True,
-            ):
-                if not weight:
-                    continue
-                real = label >= 0
-                found.append(own)
-                truth.append(Truth(boxes[real], label[real], difficult[real]))
-                if len(self._pictures) < drawn:
-                    self._pictures.append(self._drawn(image, own, truth[-1]))
+            *arrays, images = self._step(state.net, batch, self._resident)
+            detections, there = sharding.fetch(arrays)
+            first = len(found)
+            found += [
+                own for own, x in zip(found_of(detections), there["weight"], strict=True) if x
+            ]
+            truth += truth_of(there)
+            if len(self._pictures) < drawn:
+                new = zip(sharding.fetch(images), found[first:], truth[first:], strict=False)
+                new = itertools.islice(new, drawn - len(self._pictures))
+                self._pictures += [self._drawn(*own) for own in new]
         scores = average_precision.average_precisions(found, truth, info.num_classes)
         means = {name: _mean(values) for name, values in scores.items()}
         names = info.class_names or map(str, range(info.num_classes))
@@ -70,7 +70,8 @@ class Evaluator:
 
     def _drawn(self, image: np.ndarray, own, truth) -> Image.Image:
         picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-        picture = picture.resize((320, 320))
+        scale = PICTURE / max(picture.size)
+        picture = picture.resize([round(side * scale) for side in picture.size])
         run = self._run
         return drawing.draw(
             picture,
@@ -79,6 +80,16 @@ class Evaluator:
             least=run.config.detection.drawn_score,
             truth=truth,
         )
+
+
+def truth_of(batch: dict[str, np.ndarray]) -> list[Truth]:
+    """The objects of a batch, image by image, without padding of either kind."""
+    arrays = (batch[name] for name in ("boxes", "label", "difficult", "weight"))
+    return [
+        Truth(boxes[label >= 0], label[label >= 0], difficult[label >= 0])
+        for boxes, label, difficult, weight in zip(*arrays, strict=True)
+        if weight
+    ]
 
 
 def _mean(values: np.ndarray) -> float:

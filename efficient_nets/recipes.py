@@ -6,8 +6,9 @@ from efficient_nets.errors import UserError
 from efficient_nets.ops import factorization, neurons
 from efficient_nets.ops.precision import parse
 
-# The first layer of every architecture, and the last one.
-ENDS = r"^(stem|conv1|stage1/0/conv|head)$"
+# The first layer of every architecture, and the last one, or a detector's last ones.
+FIRST = r"^(backbone/)?(stem|conv1|stage1/0/conv)$"
+LAST = r"^(head|(class|box)_heads/\d+)$"
 FIRST_LAST = {
     "float": "nothing is rounded there",
     "8bit": "the same methods with 8 bits; the first layer's input, an image, with a sign",
@@ -113,14 +114,14 @@ def quantized(
     parse(precision)
     others = "" if shortcut == "same" else r"(?!.*(^|/)shortcut$)"
     if first_last != "all":
-        others = f"(?!{ENDS}){others}"
+        others = f"(?!{FIRST}|{LAST}){others}"
     rules = [dict(match=f"^{others}" if others else "", precision=precision)]
     if first_last == "8bit":
         if not isinstance(precision, str):
             raise UserError("first_last='8bit': give precision in its short form")
         rules += [
-            dict(match=ENDS.replace("|head", ""), precision=_eight_bits(precision, image=True)),
-            dict(match="^head$", precision=_eight_bits(precision, image=False)),
+            dict(match=FIRST, precision=_eight_bits(precision, image=True)),
+            dict(match=LAST, precision=_eight_bits(precision, image=False)),
         ]
     return tuple(rules)
 
@@ -247,6 +248,50 @@ def _inside(method: str, bits: int) -> str | dict[str, dict]:
         **dict.fromkeys(("input", "output"), around | {"signed": True}),
         **dict.fromkeys(("transformed_input", "transformed_kernel"), taps),
     )
+
+
+# Nets that a detector stands on, by the name that configs give them: options of `models.ssd.SSD`.
+BACKBONES = {
+    "vgg16": dict(backbone="vgg", layout="D"),
+    "vgg7": dict(backbone="vgg", layout="Q7"),
+    "resnet18": dict(backbone="resnet", depth=18),
+    "resnet50": dict(backbone="resnet", depth=50),
+    "mobilenet": dict(backbone="mobilenet"),
+}
+# A detector's convolutions whose maps are large: a batch norm of a branch needs many values, which
+# the levels behind the backbone do not have. Stem, shortcuts and heads stay linear too.
+QUADRATIC_DETECTOR = dict(match=r"^(backbone|dense)/.*/(conv\d?|depthwise|pointwise)$", **QUADRATIC)
+
+
+def ssd_voc(backbone: str = "vgg16"):
+    """SSD300's recipe for Pascal VOC (arXiv 1512.02325, section 3.1), 07+12 for training.
+
+    SGD with momentum 0.9, learning rate 1e-3 and twice that of biases, weight decay 5e-4, batch 32,
+    120,000 steps, a tenth of the rate from 80,000 and from 100,000 on.
+
+    Args:
+      backbone: A key of `BACKBONES`.
+    """
+    config = configs.defaults()
+    config.task = "detection"
+    options = names.pick("the config's argument", backbone, BACKBONES)
+    config.model = configs.model("ssd", **options)
+    config.data.name = "voc/2007+2012"
+    config.data.train = "train_2007+validation_2007+train_2012+validation_2012"
+    config.data.test = "test_2007"
+    config.data.image_size = 300
+    config.data.flip = True
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.weight_decay = 5e-4
+    bias = dict(match=r"(^|/)bias$", learning_rate=2.0)
+    config.optimizer.rules = (bias, *config.optimizer.rules)
+    epoch = 16551 // 32  # steps
+    config.train.epochs = 120_000 / epoch
+    config.train.batch_size = config.evaluate.batch_size = 32
+    config.schedule.name = "multistep"
+    config.schedule.milestones = (80_000 / epoch, 100_000 / epoch)
+    config.evaluate.every_epochs = config.checkpoint.every_epochs = 10.0
+    return config
 
 
 def cifar(dataset: str = "cifar10"):

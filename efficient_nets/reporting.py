@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -18,6 +19,8 @@ from tqdm import tqdm
 from efficient_nets import analysis
 from efficient_nets.analysis.curves import is_share
 from efficient_nets.errors import TrainingDiverged
+
+MOST_CLASSES = 10  # whose scores a line shows
 
 
 class MetricsFile:
@@ -158,7 +161,13 @@ def evaluation_line(epoch: float, step: int, scalars: Mapping[str, float]) -> st
 
 
 def scores_line(scalars: Mapping[str, float]) -> str:
-    """`test/loss 0.3102  test/accuracy 91.20%`: shares in percent, others as they are."""
+    """`test/loss 0.3102  test/accuracy 91.20%`: shares in percent, others as they are.
+
+    Of more than ten classes with a score of their own, as ap50_cat, none is shown.
+    """
+    of_classes = [name for name in scalars if re.search(r"/ap50_(?!voc\d+$)", name)]
+    if len(of_classes) > MOST_CLASSES * len({name.partition("/")[0] for name in of_classes}):
+        scalars = {name: value for name, value in scalars.items() if name not in of_classes}
     return "  ".join(
         f"{name} {100 * value:.2f}%" if is_share(name.rpartition("/")[2]) else f"{name} {value:.4f}"
         for name, value in scalars.items()

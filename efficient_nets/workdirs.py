@@ -4,8 +4,9 @@ config.json  summary.txt  summary.json  metrics.jsonl  tensorboard/  checkpoints
 result.json  (eval.json after --mode=eval; analysis.json, analysis_maps.npz, plots/analysis/,
 tensorboard/analysis/ after --mode=analyze; net.safetensors, deploy.json after --mode=deploy;
 prune.json, prune.txt, plots/prune.png, built_config.py, pruned/ after --mode=prune;
-histograms/ if log.histograms_every_epochs; search.txt, plots/search.png, plots/cells.png,
-built_config.py after a search by config.search)
+predictions/, predictions.json after --mode=predict; histograms/ if
+log.histograms_every_epochs; search.txt, plots/search.png, plots/cells.png, built_config.py after
+a search by config.search)
 """
 
 import os

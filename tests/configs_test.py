@@ -33,14 +33,19 @@ def load(path):
     return module["get_config"](), module["__doc__"]
 
 
-def generated(info, side):
-    """The config's data set, but for 16 random images of another size."""
+def generated(info, side, boxes=0):
+    """The config's data set, but for 16 random images of another size; boxes on each."""
     shape = (side, side, info.image_shape[-1])
     rng = np.random.default_rng(0)
     resident = {
         "image": rng.integers(0, 256, (16, *shape), np.uint8),
         "label": rng.integers(0, info.num_classes, 16, np.int32),
     }
+    if boxes:
+        corners = np.sort(rng.random((16, boxes, 2, 2), np.float32), 2).reshape(16, boxes, 4)
+        label = np.tile(resident["label"][:, None], boxes)
+        difficult = np.zeros(label.shape, bool)
+        resident |= {"boxes": corners, "label": label, "difficult": difficult}
     source = data.Source("generated", range(16), shape, info.num_classes, False, 0, resident)
     return data.Dataset(dataclasses.replace(info, image_shape=shape), source, None, source)
 
@@ -89,7 +94,7 @@ def test_winograd_s_adaptation_is_the_experiment_stretched():
 @each_config_of_a_size
 def test_the_net_has_as_many_parameters_and_macs_as_the_docstring_says(path):
     config, docstring = load(path)
-    info = data.describe(config.data)
+    info = data.describe(config.data, config.task)
     found = analysis.summary_dict(experiment.abstract_model(config, info), info.image_shape)
     said = re.search(r"([\d,]+|[\d.]+ M) parameters(?:, ([\d.]+) ([MG]) MACs)?", docstring)
     assert said, "the docstring gives no number of parameters"
@@ -124,7 +129,7 @@ def random_state(run):
 @each_config_of_a_size
 def test_a_config_fits_eight_devices(path):
     config, _ = load(path)
-    info = data.describe(config.data)
+    info = data.describe(config.data, config.task)
     source = data.Source("2000", range(2000), info.image_shape, info.num_classes, False, 0)
     assert experiment.build(config, data.Dataset(info, source, None, source)).mesh.size == 8
 
@@ -147,9 +152,9 @@ def test_a_config_takes_a_step_at_tiny_size(path, one_device):
     config.train.batch_size = config.evaluate.batch_size = 8
     if config.task == "generation":
         config.train.batch_size = 2 * config.generation.critic_updates
-    info = data.describe(config.data)
-    side = 32 if config.model.name == "vgg" or config.data.cutout else 8
-    run = experiment.build(config, generated(info, side))
+    info = data.describe(config.data, config.task)
+    side = 32 if config.model.name in ("vgg", "ssd") or config.data.cutout else 8
+    run = experiment.build(config, generated(info, side, boxes=2 * (config.task == "detection")))
     batch = next(data.train_batches(run.dataset.train, config.train.batch_size, seed=config.seed))
     step = jax.jit(functools.partial(training.STEPS[config.task], run))
     state, metrics = step(random_state(run), batch, run.dataset.train.resident)

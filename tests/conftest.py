@@ -61,7 +61,7 @@ def command(monkeypatch, capsys):
     def run(*arguments):
         argv = ["main", *map(str, arguments)]
         monkeypatch.setattr(sys, "argv", argv)  # where the config flag looks for its overrides
-        own = ("config", "workdir", "mode", "checkpoint", "step", "reference", "threshold")
+        own = ("config", "workdir", "mode", "checkpoint", "step", "reference", "threshold", "input")
         for name in (*own, "distributed"):
             flags.FLAGS[name].unparse()
         for name in [name for name in flags.FLAGS if name.startswith("config.")]:

@@ -13,12 +13,16 @@ import tomllib
 import unittest.mock
 
 import jax
+import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 from efficient_nets import data, experiment
 from efficient_nets.data import prepare, tfds_sets
 from efficient_nets.ops import neurons, quantizers
+from tests.data.conftest import write_tfds  # noqa: F401
+from tests.detection_run_test import squares  # noqa: F401
 
 # ml_collections reads a config file in a way that Python is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -42,13 +46,14 @@ COMMANDS = [
 class Reader:
     """Who types the commands, one after the other, in a folder of their own."""
 
-    def __init__(self, folder, command, monkeypatch):
+    def __init__(self, folder, command, monkeypatch, boxes):
         self.folder, self.command, self.monkeypatch = folder, command, monkeypatch
+        self.boxes = boxes  # the data_dir of the detection set 'squares'
 
     def main(self, words):
         """The command itself, on 16 digits and a 16th of the channels, with its folders moved."""
         moved = "workdir|checkpoint|reference|config.checkpoint.convert_from|config(?==runs)"
-        moved += "|config.generation.features"
+        moved += "|input|config.generation.features"
         moved = f"^(--(?:{moved})=)"
         words = [re.sub(moved, rf"\1{self.folder}/", word) for word in words]
         if not any(word.startswith("--workdir") for word in words):
@@ -59,12 +64,20 @@ class Reader:
             words += ["--config.train.batch_size=8", "--config.evaluate.batch_size=8"]
             words += ["--config.train.epochs=1", "--config.schedule.warmup_epochs=0.0"]
             words += self.tiny_net(words)
+        if any(word.startswith("--input=") for word in words):
+            (self.folder / "photos").mkdir()
+            Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(self.folder / "photos" / "a.png")
         status, _, err = self.command(*words)
         assert status == 0, err
 
     def tiny_net(self, words):
         if any(re.search("factorized|lenet|sngan", word) for word in words):
             return []  # they are small
+        if any("ssd" in word for word in words):
+            return [
+                *("--config.data.name=squares", f"--config.data.dir={self.boxes}"),
+                *("--config.data.validation=", "--config.data.image_size=48"),
+            ]
         if any("built_config" in word for word in words):
             return []  # as small as what was searched
         if any("enas" in word for word in words):
@@ -139,8 +152,8 @@ HANDLERS = {
 
 
 @pytest.mark.slow
-def test_every_command_runs(tmp_path, command, monkeypatch):
-    reader = Reader(tmp_path, command, monkeypatch)
+def test_every_command_runs(tmp_path, command, monkeypatch, squares):  # noqa: F811
+    reader = Reader(tmp_path, command, monkeypatch, squares)
     assert len(COMMANDS) >= 8
     for line in COMMANDS:
         kinds = [start for start in HANDLERS if line.startswith(start)]
@@ -168,7 +181,7 @@ def test_its_table_names_every_config_with_its_parameters():
         namespace = {}
         exec(path.read_text(), namespace)
         config = namespace["get_config"]()
-        model = experiment.abstract_model(config, data.describe(config.data))
+        model = experiment.abstract_model(config, data.describe(config.data, config.task))
         parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
         assert f"| {parameters:,} |" in rows[path.stem], path.stem
 

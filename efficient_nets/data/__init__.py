@@ -11,7 +11,9 @@ The only room that knows TensorFlow Datasets (TFDS); nothing here imports Tensor
 Fields of `config.data` (`defaults()` gives the defaults, shown here):
 
     name='cifar10'         a TFDS name; 'digits' (scikit-learn's); 'folder:PATH' for the images in
-                           PATH/<split>/<class>/, or in PATH/<class>/ as one split 'train'
+                           PATH/<split>/<class>/, or in PATH/<class>/ as one split 'train'.
+                           Detection: a TFDS name; 'voc/2007+2012' joins configs of one set, whose
+                           splits are 'train_2007', 'train_2012', ...
     dir=''                 TFDS data_dir; '' is $TFDS_DATA_DIR or ~/tensorflow_datasets
     train='train'          split strings as in TFDS: 'train[:90%]', 'train[90%:]', 'train+test';
     validation=''          '' is no such split. The images of 'digits' and of folders are put into a

@@ -67,7 +67,7 @@ class SSD(nnx.Module):
       image_shape: `(H, W, C)`.
       num_classes: Of objects; the background comes on top.
       backbone: A key of `BACKBONES`.
-      layout: Of the backbone; '' is its usual one for images of this size.
+      layout: Of the backbone; '' is 'D', 'imagenet' or 'v1'.
       depth, blocks: Of a ResNet.
       width: Multiplies all channel numbers.
       activation: What stands in for ReLU, a key of `parts.ACTIVATIONS`.
@@ -128,7 +128,7 @@ class SSD(nnx.Module):
         side, stride = min(-(-side // strides[-1]) for side in image_shape[:2]), strides[-1]
         self.levels = nnx.List([])
         while side > 2:
-            halves = side >= LEAST_HALVED - 1
+            halves = side >= LEAST_HALVED
             stride *= 2
             last = NEAR if stride <= 32 else FAR
             squeeze, channels = block(features[-1], last // 2, 1)

@@ -79,6 +79,11 @@ class Detection:
     @classmethod
     def from_config(cls, config: ConfigDict) -> "Detection":
         given = config.detection
+        if config.data.crop:
+            raise UserError(
+                f"data.crop={config.data.crop}: it would leave the boxes where they are; "
+                "detection.crop crops images of objects"
+            )
         own = {field.name for field in dataclasses.fields(cls)} - {"augmentation"}
         parts = (given.photometric, given.expand, given.crop, config.data.flip)
         return cls(data.DetectionAugmentation(*parts), **{name: given[name] for name in own})

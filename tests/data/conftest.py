@@ -63,13 +63,14 @@ def write_tfds(tmp_path):
     """Writes a prepared set into a TFDS data_dir, without TensorFlow, and gives the data_dir."""
 
     def write(features, splits, name="tiny", file_format="array_record"):
-        folder = tmp_path / "tfds" / name / "1.0.0"
+        folder = tmp_path / "tfds" / name / "1.0.0"  # a name may be one of a config, as 'voc/2007'
+        base, _, config = name.partition("/")
         folder.mkdir(parents=True)
         features = tfds.features.FeaturesDict(features)
         features.save_config(folder)
         infos = []
         for split, examples in splits.items():
-            path = folder / f"{name}-{split}.{file_format}-00000-of-00001"
+            path = folder / f"{base}-{split}.{file_format}-00000-of-00001"
             writer = ArrayRecordWriter(str(path), "group_size:1")
             for example in examples:
                 example = example | {"image": encode(example["image"])}
@@ -78,7 +79,8 @@ def write_tfds(tmp_path):
             template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
             infos.append(dict(name=split, numBytes="1", filepathTemplate=template))
             infos[-1]["shardLengths"] = [str(len(examples))]
-        info = dict(name=name, version="1.0.0", fileFormat=file_format, moduleName="none")
+        info = dict(name=base, version="1.0.0", fileFormat=file_format, moduleName="none")
+        info |= dict(configName=config) if config else {}
         (folder / "dataset_info.json").write_text(json.dumps(info | {"splits": infos}))
         return str(tmp_path / "tfds")
 
