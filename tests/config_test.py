@@ -88,7 +88,7 @@ def test_a_task_refuses_what_only_another_one_heeds(monkeypatch):
     config.data.mixup, config.search.strategy = 0.0, "random"
     with pytest.raises(UserError, match="search.strategy='random': only task=classification"):
         configs.check(config)
-    assert tasks.heeding("modes", "train") == ["classification", "other"]
+    assert tasks.heeding("modes", "train") == [*tasks.TASKS]
     assert tasks.heeding("modes", "search") == ["classification"]
 
 
