@@ -11,7 +11,9 @@
 74,402 parameters, 5.69 M MACs for one image of each part; quadratic 169,202 and 16.8 M. One
 epoch, 1,875 updates of each part with 32 images.
 
-RESULT
+FID against the test split by that LeNet's 64 features, 2,000 samples, seed 0, CPU: 24.3 at the end
+(IS 6.3); quadratic 25.3 after 1,170 updates, where the linear one had 29.7. One
+seed. The linear run took 20 minutes on two CPU cores that other programs shared.
 """
 
 from efficient_nets import recipes
