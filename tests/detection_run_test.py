@@ -58,7 +58,7 @@ def get_config(task="detection"):
     config.layers = (
         dict(match="^backbone/stage[23]", neuron="ours", norm="branch"),
         dict(match="^backbone/stage5", algorithm="winograd:2"),
-        dict(match="^levels", precision="lsq:w4a4"),
+        dict(match="^dense", precision="lsq:w4a4"),
     )
     config.data.name, config.data.dir = "squares", {folder!r}
     config.data.mean, config.data.std = (0.5,) * 3, (0.25,) * 3
