@@ -17,13 +17,11 @@ from efficient_nets import train as training
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted((ROOT / "configs").glob("*.py"))
 each_config = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-# A shared net of five cells is traced for half a minute.
+# Large nets, a shared one of five cells first of all, take long to trace.
+LARGE = ("enas_cifar", "ssd_voc", "qssd_voc")
 each_config_of_a_size = pytest.mark.parametrize(
     "path",
-    [
-        pytest.param(path, marks=pytest.mark.slow) if path.stem == "enas_cifar" else path
-        for path in FILES
-    ],
+    [pytest.param(path, marks=pytest.mark.slow) if path.stem in LARGE else path for path in FILES],
     ids=lambda path: path.stem,
 )
 

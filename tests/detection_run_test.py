@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import types
 
 import jax
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from efficient_nets import data, experiment, train
+from efficient_nets import config as configs
+from efficient_nets import data, experiment, train, workdirs
 from efficient_nets.checkpoint import restore_params
 from efficient_nets.errors import UserError
 from efficient_nets.prediction import _files
@@ -56,7 +58,7 @@ def get_config(task="detection"):
     config.layers = (
         dict(match="^backbone/stage[23]", neuron="ours", norm="branch"),
         dict(match="^backbone/stage5", algorithm="winograd:2"),
-        dict(match="^levels", precision="lsq:w4a4"),
+        dict(match="^dense", precision="lsq:w4a4"),
     )
     config.data.name, config.data.dir = "squares", {folder!r}
     config.data.mean, config.data.std = (0.5,) * 3, (0.25,) * 3
@@ -115,6 +117,26 @@ def test_a_run(command, squares, tmp_path, monkeypatch):
     assert not all(jax.tree.leaves(jax.tree.map(np.array_equal, like, ours)))
     same = jax.tree.map(np.array_equal, fresh.params["class_heads"], state.params["class_heads"])
     assert all(jax.tree.leaves(same))
+
+
+def test_a_classifier_s_weights_go_into_the_backbone(tmp_path, monkeypatch):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text(configs.to_json(configs.defaults()))
+    params = {"backbone": {"stem": np.zeros(2)}, "levels": {"0": np.zeros(2)}}
+    abstract = types.SimpleNamespace(params=params)
+    run = types.SimpleNamespace(abstract=abstract, config=configs.defaults())
+    state = experiment.TrainState(0, 0, params, {"backbone": {}, "levels": {}}, (), {})
+    given = {}
+
+    def restore_net(folder, net):
+        given.update(net)
+        return {"params": {"stem": np.ones(2)}, "stats": {}}, {"stem": "has another shape"}
+
+    monkeypatch.setattr(workdirs, "restore_net", restore_net)
+    found = workdirs.warm_start(run, state, tmp_path)
+    assert given == {"params": params["backbone"], "stats": {}}
+    assert found.params["backbone"]["stem"].tolist() == [1, 1]
+    assert found.params["levels"] is params["levels"] and found.stats["levels"] == {}
 
 
 def test_bad_input_is_named(tmp_path):

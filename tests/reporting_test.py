@@ -62,6 +62,13 @@ def test_a_full_disk_is_named_where_metrics_are_written(reporter, tmp_path):
             reporter.scalars(1, {"test/loss": 0.5})
 
 
+def test_a_line_of_scores_has_no_room_for_many_classes():
+    few = {f"{split}/ap50_{k}": 0.5 for split in ("validation", "test") for k in range(10)}
+    assert reporting.scores_line(few).count("%") == 20
+    many = few | {"test/ap50_10": 0.5, "test/ap50": 0.5, "test/ap50_voc07": 0.25}
+    assert reporting.scores_line(many) == "test/ap50 50.00%  test/ap50_voc07 25.00%"
+
+
 def test_a_line_of_scores_has_shares_in_percent():
     scores = {"test/loss": 0.5, "test/accuracy": 0.91234, "test/ap50": 0.5, "test/ap": 0.25}
     scores |= {"test/ap50_car": 1.0, "test/fid": 31.25, "test/apart": 1.0}

@@ -43,6 +43,7 @@ def test_ssd300_on_vgg16():
     assert count(model) - norms == 26_285_486
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "sides"),
     [

@@ -129,6 +129,12 @@ def test_suppression_is_greedy():
     assert 3 < len(expected) < 25
 
 
+def test_a_suppressed_box_suppresses_nothing():
+    boxes = np.array([[0, x, 1, x + 0.4] for x in (0, 0.2, 0.4)], np.float32)  # IoUs 1/3, 0
+    scores = np.array([0.9, 0.8, 0.7], np.float32)
+    assert suppress(boxes, scores, 0.3).tolist() == [True, False, True]
+
+
 def test_detections_of_an_image():
     boxes = random_boxes(6, 30)
     probabilities = np.random.default_rng(7).random((30, 2)).astype(np.float32)
