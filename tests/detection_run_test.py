@@ -71,6 +71,11 @@ def get_config(task="detection"):
 """
 
 
+def size_of(path):
+    with Image.open(path) as image:
+        return image.size
+
+
 @pytest.mark.slow
 def test_a_run(command, squares, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])  # there is less to compile
@@ -84,7 +89,7 @@ def test_a_run(command, squares, tmp_path, monkeypatch):
     assert result["test/ap50"] == pytest.approx(
         (result["test/ap50_red"] + result["test/ap50_blue"]) / 2
     )
-    assert Image.open(run / "plots" / "test_boxes.png").size == (960, 960)
+    assert size_of(run / "plots" / "test_boxes.png") == (960, 960)
 
     given = tmp_path / "given"
     given.mkdir()
@@ -99,7 +104,7 @@ def test_a_run(command, squares, tmp_path, monkeypatch):
     assert name.endswith("blue.png") and not others
     assert (found["width"], found["height"]) == (96, 64)
     assert found["detections"][0]["class"] in ("red", "blue")
-    assert Image.open(run / "predictions" / "blue.png.png").size == (96, 64)
+    assert size_of(run / "predictions" / "blue.png.png") == (96, 64)
     status, out, err = command(*options, f"--input={given / 'bad.png'}")
     assert status == 2 and "no image that can be read" in err
 
