@@ -149,8 +149,8 @@ def build(config: ConfigDict, dataset: data.Dataset, *, training: bool = True) -
         config.schedule, config.optimizer.learning_rate, config.train.epochs, updates
     )
     task, params = tasks.create(config), nnx.to_pure_dict(params)
-    if apart := getattr(task, "updates", None):
-        optimizer = optim.apart(config.optimizer, rate, params, apart)
+    if task.updates:
+        optimizer = optim.apart(config.optimizer, rate, params, task.updates)
     else:
         optimizer = optim.optimizer(config.optimizer, rate, params)
     shapes = jax.eval_shape(functools.partial(_init, config, dataset.info, optimizer))

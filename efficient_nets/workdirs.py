@@ -110,9 +110,9 @@ def write_result(workdir: pathlib.Path, result: dict[str, Any]) -> None:
     print(reporting.scores_line(scores))
     print(f"result       {workdir / 'result.json'}")
     print(f"layer table  {workdir / 'summary.txt'}")
-    print(
-        f"metrics      {workdir / 'metrics.jsonl'}, tensorboard --logdir {workdir / 'tensorboard'}"
-    )
+    board = workdir / "tensorboard"
+    shown = f", tensorboard --logdir {board}" if board.is_dir() else ""
+    print(f"metrics      {workdir / 'metrics.jsonl'}{shown}")
     print(f"plots        {', '.join(map(str, plots))}")
     print(f"checkpoints  {workdir / 'checkpoints'}", flush=True)
 

@@ -40,6 +40,8 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     """Leaves out what `--cases` is too few for; of a test that the command names nothing else."""
     most = config.getoption("--cases")
+    if most is not None and most < 0:
+        raise pytest.UsageError(f"--cases={most}: must be at least 0, which is all")
     cases = collections.defaultdict(list)
     for item in items:
         cases[item.nodeid.partition("[")[0]].append(item)

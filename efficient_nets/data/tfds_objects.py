@@ -129,9 +129,6 @@ def _image_and_label(name: str, features) -> tuple[tfds.features.Image, tfds.fea
         or not isinstance(label, tfds.features.ClassLabel)
         or not label.num_classes
     ):
-        has = ", ".join(f"{key}: {type(value).__name__}" for key, value in sorted(features.items()))
-        raise UserError(
-            f"data.name={name!r} is no detection set: it needs the features image (Image of uint8) "
-            f"and objects (bbox and label), and has {has or 'none by name'}"
-        )
+        needs = "image (Image of uint8) and objects (bbox and label)"
+        raise tfds_sets.wrong_kind(name, features, "detection", needs)
     return image, label

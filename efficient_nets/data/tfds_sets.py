@@ -1,7 +1,7 @@
 """Any image classification set of TensorFlow Datasets, read at random and without TensorFlow."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -124,9 +124,15 @@ def _image_and_label(name: str, features) -> tuple[tfds.features.Image, tfds.fea
         or not isinstance(label, tfds.features.ClassLabel)
         or not label.num_classes
     ):
-        has = ", ".join(f"{key}: {type(value).__name__}" for key, value in sorted(features.items()))
-        raise UserError(
-            f"data.name={name!r} is no image classification set: it needs the features "
-            f"image (Image of uint8) and label (ClassLabel), and has {has or 'none by name'}"
-        )
+        needs = "image (Image of uint8) and label (ClassLabel)"
+        raise wrong_kind(name, features, "image classification", needs)
     return image, label
+
+
+def wrong_kind(name: str, features: Mapping, kind: str, needs: str) -> UserError:
+    """What says that a set with these features is none of the kind that has those it needs."""
+    has = ", ".join(f"{key}: {type(value).__name__}" for key, value in sorted(features.items()))
+    return UserError(
+        f"data.name={name!r} is no {kind} set: it needs the features {needs}, and has "
+        f"{has or 'none by name'}"
+    )

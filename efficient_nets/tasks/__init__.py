@@ -4,6 +4,7 @@ A task is a frozen, hashable dataclass of pure functions; what it does with file
 splits is in `train.py`, `evaluation.py` and their neighbours, which pick by `Task.name`.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
 from jax import Array
@@ -25,7 +26,7 @@ class Task(Protocol):
       fields: Sections and fields of a config that only some tasks heed, and this one does.
       modes: Values of --mode that only some tasks have, and this one does.
       updates: Where parts of the net have an optimizer each, how many updates a step, by the part's
-        name; other tasks have no such attribute.
+        name; empty where the net has one.
     """
 
     name: ClassVar[str]
@@ -33,6 +34,9 @@ class Task(Protocol):
     best_mode: ClassVar[str]
     fields: ClassVar[tuple[str, ...]]
     modes: ClassVar[tuple[str, ...]]
+
+    @property
+    def updates(self) -> Mapping[str, int]: ...
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> "Task":

@@ -1,7 +1,7 @@
 """Image classification: a loss over soft labels, accuracy."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import flax
@@ -57,6 +57,7 @@ class Classification:
     name: ClassVar[str] = "classification"
     best_metric: ClassVar[str] = "accuracy"
     best_mode: ClassVar[str] = "max"
+    updates: ClassVar[Mapping[str, int]] = {}
     fields: ClassVar[tuple[str, ...]] = (
         *("builder", "deploy", "mixed", "search", "teacher", "winas"),
         *("train.loss", "train.label_smoothing", "data.cutout", "data.mixup"),

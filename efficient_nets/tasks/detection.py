@@ -1,6 +1,7 @@
 """Object detection: SSD's loss (Liu et al. 2016, arXiv 1512.02325, section 2.2), detections."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -53,6 +54,7 @@ class Detection:
     name: ClassVar[str] = "detection"
     best_metric: ClassVar[str] = "ap50"
     best_mode: ClassVar[str] = "max"
+    updates: ClassVar[Mapping[str, int]] = {}
     fields: ClassVar[tuple[str, ...]] = ("detection", "data.stored_size", "data.max_boxes")
     modes: ClassVar[tuple[str, ...]] = ("predict",)
 
