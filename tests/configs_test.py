@@ -151,6 +151,8 @@ def test_a_config_takes_a_step_at_tiny_size(path, one_device):
     config.model.width = 1 / 16
     if config.model.name == "cells":
         config.model.layers = 3  # all cells of a kind are alike
+        if config.search.strategy:  # whose operands are all ops at once
+            config.model.layers, config.model.nodes = 1, 2
     config.train.batch_size = config.evaluate.batch_size = 8
     if config.task == "generation":
         config.train.batch_size = 2 * config.generation.critic_updates

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficient_nets import analysis, data, experiment, inspection
+from efficient_nets import analysis, data, experiment, inspection, tasks
 from efficient_nets import train as training
 from efficient_nets.analysis import history
+from efficient_nets.tasks.classification import Classification
 from tests import tiny_config
 
 
@@ -71,12 +72,12 @@ def test_activations_and_gradients_are_those_of_the_first_images(whole):
 def test_all_steps_of_a_run_share_what_is_compiled(tmp_path, monkeypatch):
     traced = []
 
-    class Counted(experiment.Classification):
+    class Counted(Classification):
         def label_loss(self, logits, labels):
             traced.append(logits.shape)
             return super().label_loss(logits, labels)
 
-    monkeypatch.setattr(experiment, "Classification", Counted)
+    monkeypatch.setitem(tasks.TASKS, "classification", Counted)
     config = config_of(0.6)
     config.evaluate.batch_size = 100
     training.train(config, tmp_path)
