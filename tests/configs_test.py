@@ -17,8 +17,8 @@ from efficient_nets import train as training
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted((ROOT / "configs").glob("*.py"))
 each_config = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-# Large nets, a shared one of five cells first of all, take long to trace.
-LARGE = ("enas_cifar", "ssd_voc", "qssd_voc")
+# Large nets, those of cells first of all, take long to trace.
+LARGE = ("enas_cifar", "enas_mnist", "enas_arc", "ssd_voc", "qssd_voc")
 each_config_of_a_size = pytest.mark.parametrize(
     "path",
     [pytest.param(path, marks=pytest.mark.slow) if path.stem in LARGE else path for path in FILES],

@@ -20,6 +20,7 @@ os.environ["TFDS_DATA_DIR"] = os.devnull
 
 import collections  # noqa: E402
 import pathlib  # noqa: E402
+import re  # noqa: E402
 import sys  # noqa: E402
 
 import jax  # noqa: E402
@@ -31,14 +32,20 @@ def pytest_addoption(parser):
         "--cases",
         type=int,
         metavar="N",
-        help="At most N cases of each parametrised test, evenly spread; 0: all. Without it 4, but "
+        help="At most N cases of each parametrised test, evenly spread; 0: all. Without it 2, but "
         "all of the tests that are marked every_case.",
+    )
+    parser.addoption(
+        "--part",
+        default="0/1",
+        metavar="I/K",
+        help="Each Kth of the tests alone, whatever its cases; I of 0, 1, 2 ... says which ones.",
     )
 
 
 @pytest.hookimpl(trylast=True)  # behind -m and -k
 def pytest_collection_modifyitems(config, items):
-    """Leaves out what `--cases` is too few for; of a test that the command names nothing else."""
+    """Leaves out what `--part` and `--cases` say, of the tests that -m and -k left."""
     most = config.getoption("--cases")
     if most is not None and most < 0:
         raise pytest.UsageError(f"--cases={most}: must be at least 0, which is all")
@@ -46,11 +53,20 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         cases[item.nodeid.partition("[")[0]].append(item)
     kept = set()
-    for of_one in cases.values():
+    for of_one in part(list(cases.values()), config.getoption("--part")):
         every = most is None and of_one[0].get_closest_marker("every_case")
-        kept.update(of_one if every else spread(of_one, 4 if most is None else most))
+        kept.update(of_one if every else spread(of_one, 2 if most is None else most))
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
+
+
+def part(tests: list, text: str) -> list:
+    """Those that 'I/K' names: each Kth, from I mod K on."""
+    match = re.fullmatch(r"(\d+)/([1-9]\d*)", text)
+    if not match:
+        raise pytest.UsageError(f"--part={text}: must be I/K, two whole numbers, K at least 1")
+    index, parts = map(int, match.groups())
+    return tests[index % parts :: parts]
 
 
 def spread(cases: list, most: int) -> list:

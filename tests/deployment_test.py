@@ -133,6 +133,7 @@ def test_a_net_that_was_trained_rounded(plain, tmp_path):
         deployed(config_of(deploy__bias_correction=8), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -153,6 +154,7 @@ def test_what_cannot_be_deployed(plain, tmp_path, changes, says):
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.slow
 def test_a_step_needs_a_checkpoint(plain, tmp_path):
     config = config_of(checkpoint__convert_from=str(plain))
     with pytest.raises(UserError, match="holds no checkpoint"):

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from efficient_nets import config as configs
 from efficient_nets import data, experiment, inspection
 from efficient_nets import train as training
 from tests import tiny_config
@@ -11,6 +12,7 @@ from tests import tiny_config
 
 def test_an_averaged_net_is_what_is_analysed(tmp_path):
     config = tiny_config.get_config()
+    config.model, config.layers = configs.model("lenet", width=0.25), ()
     config.train.ema, config.train.epochs = 0.5, 0.4
     training.train(config, tmp_path)
     run = experiment.build(config, data.load(config.data))

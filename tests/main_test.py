@@ -72,7 +72,7 @@ def read(path):
 def test_training_prints_the_table_an_evaluation_an_epoch_and_where_everything_is(whole):
     workdir, out = whole
     result = read(workdir / "result.json")
-    assert "stage1/0/conv1" in out and "14,694 parameters" in out
+    assert "stage1/0/conv1" in out and "12,246 parameters" in out
     assert [line[:7] for line in out.splitlines() if line.startswith("epoch ")] == [
         "epoch 1",
         "epoch 2",
@@ -170,7 +170,7 @@ def test_analysis_writes_numbers_pictures_and_events_beside_another_run_s(whole,
     found = read(one / "analysis.json")
     layers = {layer["name"]: layer for layer in found["layers"]}
     assert found["images"] == 32 and len(layers) == 10  # evaluate.batch_size
-    shares = layers["stage1/0/conv1"]["shares"]
+    shares = layers["stage3/0/conv1"]["shares"]
     assert shares.keys() == {"product", "linear"} and abs(sum(shares.values()) - 1) < 1e-6
     for path in out.partition("\nplots ")[2].splitlines()[0].split(", "):
         assert pathlib.Path(path.strip()).stat().st_size > 1000

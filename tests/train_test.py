@@ -251,7 +251,7 @@ def test_weights_that_do_not_fit_start_fresh_and_are_named(whole, caplog, ema):
     config = tiny(checkpoint__init_from=str(whole[0]), layers=(), train__ema=ema)
     run = experiment.build(config, data.load(config.data))
     fresh = run.initial_state()
-    head, conv = np.asarray(fresh.params["head"]["w"]["kernel"]), "stage1/0/conv1/w/kernel"
+    head, conv = np.asarray(fresh.params["head"]["w"]["kernel"]), "stage3/0/conv1/w/kernel"
     started = workdirs.warm_start(run, fresh, whole[0])
     assert not np.array_equal(started.params["head"]["w"]["kernel"], head)
     assert conv in caplog.text and "ema" not in caplog.text

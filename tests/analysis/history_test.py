@@ -44,8 +44,8 @@ def test_a_run_writes_them_at_both_ends_and_at_the_first_evaluation_of_a_period(
 @pytest.mark.slow
 def test_they_are_of_weights_and_running_statistics(whole):
     found = history.read_history(whole[0])
-    steps, kernels = found["params/stage1/0/conv1/a/kernel"]
-    assert steps == [0, 4, 6] and {kernel.counts.sum() for kernel in kernels} == {9 * 4 * 4}
+    steps, kernels = found["params/stage3/0/conv1/a/kernel"]
+    assert steps == [0, 4, 6] and {kernel.counts.sum() for kernel in kernels} == {9 * 8 * 16}
     _, means = found["stats/stem_norm/mean"]
     assert (means[0].mean, means[0].std) == (0, 0) and means[2].std > 0
 

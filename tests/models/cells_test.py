@@ -306,7 +306,6 @@ def test_a_mixture_of_one_hots_is_the_shared_net_of_their_architecture(shared, s
         nnx.to_pure_dict(nnx.state(shared, kind)) for kind in (nnx.Param, nnx.Not(nnx.Param))
     )
     given, rest = jax.tree.map(jnp.array, (given, rest))
-    del rest["architecture"]
     nnx.replace_by_pure_dict(params, given)
     rest["choices"] = choices_of(net, tokens)._asdict()
     nnx.replace_by_pure_dict(others, rest)
