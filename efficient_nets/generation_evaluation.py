@@ -16,6 +16,7 @@ gives. Inception's, by which published values are measured, cannot be assumed to
 
 import functools
 import pathlib
+import zipfile
 from collections.abc import Iterator
 
 import jax
@@ -216,10 +217,10 @@ def scores_of_file(path: pathlib.Path, step: int) -> dict[str, float]:
     """
     field = f"{FIELD}={FILE}{path}"
     try:
-        with np.load(path) as file:
+        with path.open("rb") as opened, np.load(opened) as file:
             given = dict(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{field}: it cannot be read: {error}") from error
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{field}: it cannot be read as .npz: {error}") from error
     of_real = ("real",) if "real" in given else ("real_mean", "real_covariance")
     for name in ("made", "step", *of_real):
         if name not in given:
@@ -233,6 +234,12 @@ def scores_of_file(path: pathlib.Path, step: int) -> dict[str, float]:
             raise UserError(
                 f"{field}: {name} is {given[name].shape} beside made {given['made'].shape}"
             )
+        if name in given and not np.all(np.isfinite(given[name])):
+            raise UserError(f"{field}: {name} has values that are not finite")
+        if name in ("made", "real") and name in given and len(given[name]) < 2:
+            raise UserError(f"{field}: {name} has {len(given[name])} rows, of at least 2")
+    if "logits" in given and (given["logits"].ndim != 2 or not len(given["logits"])):
+        raise UserError(f"{field}: logits is {given['logits'].shape}, of (samples, classes)")
     made = _gaussian(given["made"])
     real = _gaussian(given["real"]) if "real" in given else Gaussian(*(given[x] for x in of_real))
     found = {"fid": image_scores.frechet_distance(real, made)}
@@ -243,7 +250,7 @@ def scores_of_file(path: pathlib.Path, step: int) -> dict[str, float]:
 
 def _gaussian(features: np.ndarray) -> Gaussian:
     features = features.astype(np.float64)
-    return Gaussian(features.mean(axis=0), np.cov(features, rowvar=False))
+    return Gaussian(features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False)))
 
 
 def _of_logits(logits: np.ndarray) -> Moments:

@@ -23,8 +23,8 @@ def predict(
 ) -> None:
     """Writes predictions/NAME.png for each image, and predictions.json; on one device.
 
-    The file has of each image its width and height and by falling score what was found: class,
-    score and box, `[ymin, xmin, ymax, xmax]` in pixels.
+    The file has of each image its width and height, turned as its EXIF data say, and by falling
+    score what was found: class, score and box, `[ymin, xmin, ymax, xmax]` in pixels.
 
     Args:
       config: Of the run.
@@ -95,7 +95,7 @@ def _batches(
     readable = []
     for path in files:
         try:
-            image = image_files.decode(path.read_bytes(), channels, str(path))
+            image = image_files.decode(path.read_bytes(), channels, str(path), upright=True)
         except (UserError, OSError) as error:
             logging.warning("%s: left out", error)
             continue

@@ -377,10 +377,11 @@ def preset(precision: str, others: str = "torchvision") -> str:
 
 
 def enas(precision: str):
-    """A net of cells with ENAS's settings (arXiv 1802.03268): SGD, a cosine with restarts.
+    """A net of cells, trained as ENAS's are (arXiv 1802.03268): SGD, a cosine with restarts.
 
     Where the operands are rounded the stem has kernels of 4 bits and the optimizer is Adam, as the
-    binary, ternary and k-bit cells of the ENAS project have; kernels in cells stay in [-1, 1]. The
+    binary, ternary and k-bit cells of the ENAS project have, from 5e-3 to 5e-5 where that goes from
+    5e-2 to 5e-4; kernels of the stem and in cells stay in [-1, 1]. The
     precisions are better clipped ones: states of cells grow, and a gradient that goes straight
     through a value that is rounded to 1 grows with each layer.
 
@@ -398,7 +399,7 @@ def enas(precision: str):
     config.data.train, config.data.validation = "train[:90%]", "train[90%:]"
     if rounded:
         config.optimizer.name, config.optimizer.learning_rate = "adam", 5e-3
-        latent = dict(match=r"^cells/.*kernel", bound=1.0)
+        latent = dict(match=r"^(stem|cells)/.*kernel", bound=1.0)
         config.optimizer.rules = (*map(dict, config.optimizer.rules), latent)
     else:
         config.optimizer.learning_rate, config.optimizer.nesterov = 0.05, True

@@ -51,6 +51,15 @@ def test_scores_of_a_file(tmp_path):
         (dict(made=np.ones((4, 2)), step=3), "it holds no 'real_mean'"),
         (dict(made=np.ones((4, 2)), real=np.ones((4, 2)), step=2), "its step=2, the net's is 3"),
         (dict(made=np.ones((4, 2)), real=np.ones((4, 3)), step=3), r"real is \(4, 3\) beside made"),
+        (
+            dict(made=np.ones((4, 2)), real=np.full((4, 2), np.nan), step=3),
+            "real has .* not finite",
+        ),
+        (dict(made=np.ones((1, 2)), real=np.ones((4, 2)), step=3), "made has 1 rows, of at least"),
+        (
+            dict(made=np.ones((4, 2)), real=np.ones((4, 2)), logits=np.ones(4), step=3),
+            r"logits is \(4,\), of",
+        ),
     ],
 )
 def test_a_file_that_does_not_fit(arrays, message, tmp_path):
@@ -59,6 +68,30 @@ def test_a_file_that_does_not_fit(arrays, message, tmp_path):
         generation.scores_of_file(tmp_path / "f.npz", 3)
     with pytest.raises(UserError, match="none.npz: it cannot be read"):
         generation.scores_of_file(tmp_path / "none.npz", 3)
+
+
+@pytest.mark.every_case
+@pytest.mark.parametrize("damage", ["empty", "cut off", "no archive"])
+def test_a_damaged_file_is_named(damage, tmp_path):
+    path = tmp_path / "f.npz"
+    np.savez(path, made=np.ones((4, 2)), real=np.ones((4, 2)), step=3)
+    whole = path.read_bytes()
+    if damage == "no archive":
+        np.save(tmp_path / "f.npy", np.ones((4, 2)))
+        path = tmp_path / "f.npy"
+    else:
+        path.write_bytes(whole[: len(whole) // 2] if damage == "cut off" else b"")
+    with pytest.raises(UserError, match="it cannot be read as .npz"):
+        generation.scores_of_file(path, 3)
+
+
+def test_one_feature_has_a_distance_too(tmp_path):
+    """Of two normal distributions on a line: the means' and the deviations' distance, squared."""
+    path = tmp_path / "f.npz"
+    made, real = np.array([[0.0], [2.0]]), np.array([[3.0], [7.0]])
+    np.savez(path, made=made, real=real, step=3)
+    found = generation.scores_of_file(path, 3)["fid"]
+    assert found == pytest.approx(4**2 + (np.std(real, ddof=1) - np.std(made, ddof=1)) ** 2)
 
 
 @pytest.mark.slow

@@ -2,28 +2,41 @@
 
 import io
 import math
+import struct
+import zlib
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from efficient_nets.errors import UserError
 
-# What Pillow raises for a file that is damaged, not an image, or far too large.
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+# What Pillow and its plugins raise for a file that is damaged, not an image, or far too large.
+UNREADABLE = (
+    *(OSError, SyntaxError, ValueError, RuntimeError, EOFError, LookupError, TypeError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name for uint8 images of that many channels
 
 
-def decode(data: bytes, channels: int, name: str) -> Image.Image:
+def decode(data: bytes, channels: int, name: str, *, upright: bool = False) -> Image.Image:
     """Decodes an image file to 1 (grey), 3 (RGB) or 4 (RGBA) channels of 8 bits.
+
+    Args:
+      data: The file.
+      channels: How many.
+      name: Of the image, for the error.
+      upright: Whether to turn it as its EXIF data say, as a camera's pictures are to be shown. The
+        boxes of data sets are of the pixels as they are stored.
 
     Raises:
       UserError: the image is damaged or has more than 8 bits a channel; says `name`.
     """
+    mode = MODES[channels]
     try:
         with Image.open(io.BytesIO(data)) as image:
             if image.mode[0] in "IF":  # Pillow would clip these to 255, not scale them
                 raise ValueError(f"its mode is {image.mode}, more than 8 bits a channel")
-            return image.convert(MODES[channels])
+            return (ImageOps.exif_transpose(image) if upright else image).convert(mode)
     except UNREADABLE as error:
         raise UserError(f"{name} is not a readable image: {error}") from error
 

@@ -14,6 +14,14 @@ from efficient_nets.data.collection import Collection
 from efficient_nets.data.splits import Part
 from efficient_nets.errors import UserError
 
+# Where sets have their boxes, and what these are of: VOC, COCO and BCCD; KITTI; Open Images; COCO's
+# panoptic configs.
+FIELDS = (
+    ("objects", "label"),
+    ("objects", "type"),
+    ("bobjects", "label"),
+    ("panoptic_objects", "label"),
+)
 # Marks of objects that are not asked for in evaluation: VOC's, and crowds of COCO.
 DIFFICULT = ("is_difficult", "is_crowd")
 
@@ -39,6 +47,7 @@ class TfdsObjects:
     sources: Sequence[Sequence[dict]]
     channels: int
     name: str
+    fields: tuple[str, str]  # of `FIELDS`
 
     def __len__(self) -> int:
         return sum(map(len, self.sources))
@@ -51,13 +60,14 @@ class TfdsObjects:
             source = self.sources[number]
             record = source[position - ends[number] + len(source)]
             name = f"{self.name}, image {position}"
-            found.append((images.decode(record["image"], self.channels, name), _objects(record)))
+            image = images.decode(record["image"], self.channels, name)
+            found.append((image, _objects(record, *self.fields)))
         return found
 
 
-def _objects(record: Mapping) -> Objects:
-    given = record["objects"]
-    label = np.asarray(given["label"], np.int32).reshape(-1)
+def _objects(record: Mapping, group: str, kind: str) -> Objects:
+    given = record[group]
+    label = np.asarray(given[kind], np.int32).reshape(-1)
     difficult = np.zeros(len(label), bool)
     for name in DIFFICULT:
         if name in given:
@@ -81,8 +91,8 @@ def collection(name: str, data_dir: str, *, prepared: bool = True) -> Collection
     names = [f"{base}/{config}" for config in configs.split("+")] if "+" in configs else [name]
     builders = {own: tfds_sets.open_builder(own, data_dir) for own in names}
     checked = [_image_and_label(own, builder.info.features) for own, builder in builders.items()]
-    classes = {tuple(label.names) for _, label in checked}
-    if len(classes) > 1:
+    fields = checked[0][2]
+    if len({(tuple(label.names), where) for _, label, where in checked}) > 1:
         raise UserError(f"data.name={name!r}: these sets have different classes")
     splits, places = {}, {}
     for own, builder in builders.items():
@@ -93,7 +103,7 @@ def collection(name: str, data_dir: str, *, prepared: bool = True) -> Collection
             splits[split + suffix] = info
             places[split + suffix] = builder, split
     (height, width, channels), label = checked[0][0].shape, checked[0][1]
-    if any(image.shape != checked[0][0].shape for image, _ in checked):
+    if any(image.shape != checked[0][0].shape for image, _, _ in checked):
         height = width = None
 
     def open_parts(parts: Sequence[Part]) -> TfdsObjects:
@@ -103,7 +113,7 @@ def collection(name: str, data_dir: str, *, prepared: bool = True) -> Collection
             part = tfds.core.ReadInstruction(own, start, stop)
             decoders = {"image": tfds.decode.SkipDecoding()}
             sources.append(builder.as_data_source(split=part, decoders=decoders))
-        return TfdsObjects(sources, channels or 3, f"{name} {parts}")
+        return TfdsObjects(sources, channels or 3, f"{name} {parts}", fields)
 
     return Collection(
         name=base,
@@ -115,20 +125,26 @@ def collection(name: str, data_dir: str, *, prepared: bool = True) -> Collection
     )
 
 
-def _image_and_label(name: str, features) -> tuple[tfds.features.Image, tfds.features.ClassLabel]:
+def _image_and_label(
+    name: str, features
+) -> tuple[tfds.features.Image, tfds.features.ClassLabel, tuple[str, str]]:
+    """The features, and by which of `FIELDS` the objects are found."""
     features = features if isinstance(features, tfds.features.FeaturesDict) else {}
     image = features["image"] if "image" in features else None
-    objects = features["objects"] if "objects" in features else None
-    objects = getattr(objects, "feature", objects)
-    boxes = objects["bbox"] if objects is not None and "bbox" in objects else None
-    label = objects["label"] if objects is not None and "label" in objects else None
-    if (
-        not isinstance(image, tfds.features.Image)
-        or image.np_dtype != np.uint8
-        or not isinstance(boxes, tfds.features.BBoxFeature)
-        or not isinstance(label, tfds.features.ClassLabel)
-        or not label.num_classes
-    ):
-        needs = "image (Image of uint8) and objects (bbox and label)"
-        raise tfds_sets.wrong_kind(name, features, "detection", needs)
-    return image, label
+    if isinstance(image, tfds.features.Image) and image.np_dtype == np.uint8:
+        for fields in FIELDS:
+            group, kind = fields
+            objects = features[group] if group in features else {}
+            objects = getattr(objects, "feature", objects)
+            if not isinstance(objects, Mapping | tfds.features.FeaturesDict):
+                continue
+            boxes, label = (objects[key] if key in objects else None for key in ("bbox", kind))
+            if isinstance(boxes, tfds.features.BBoxFeature) and _has_classes(label):
+                return image, label, fields
+    groups = ", ".join(f"{group} (bbox and {kind})" for group, kind in FIELDS)
+    needs = f"image (Image of uint8) and one of {groups}"
+    raise tfds_sets.wrong_kind(name, features, "detection", needs)
+
+
+def _has_classes(label) -> bool:
+    return isinstance(label, tfds.features.ClassLabel) and bool(label.num_classes)

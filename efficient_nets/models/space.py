@@ -153,7 +153,10 @@ class Space:
         """
         if strange := re.sub(r"[\d\s,\[\]()]", "", text):
             raise UserError(f"arc={text!r}: {strange[0]!r} is in it; give whole numbers")
-        numbers = list(map(int, re.findall(r"\d+", text)))
+        words = [word.lstrip("0") or "0" for word in re.findall(r"\d+", text)]
+        if long := [word for word in words if len(word) > 9]:  # int32 would cut it off
+            raise UserError(f"arc: {long[0][:20]} is in it, which no input, op or precision has")
+        numbers = list(map(int, words))
         base, full = 8 * self.nodes, 12 * self.nodes
         if len(numbers) not in ((base, full) if len(self.precisions) > 1 else (base,)):
             also = f", or {full} with precisions" if len(self.precisions) > 1 else ""

@@ -139,8 +139,8 @@ def decode(offsets: Array, priors: Array) -> Array:
 def match(overlap: Array, valid: Array, threshold: float = 0.5) -> Array:
     """The object that each prior is for, or -1 for background: int32 `(P,)`.
 
-    It is the one it overlaps most, if by `threshold` or more; and each object has the prior that
-    overlaps it most, whatever the overlap. Of two objects with one best prior the later has it.
+    It is the one it overlaps most, if by `threshold` or more; and an object has the prior that
+    overlaps it most, whatever the overlap, unless that is the best one of a later object too.
 
     Args:
       overlap: IoU of objects and priors, `(M, P)`.

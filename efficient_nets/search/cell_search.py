@@ -318,7 +318,7 @@ def found(
     That is the one of the greatest reward, for all strategies. The test split is looked at for it
     alone.
     """
-    config, space = search.judged.config, search.space
+    config, space, begin = search.judged.config, search.space, time.perf_counter()
     weights = search.of_one(state.weights)
     finalists = learner.candidates(state, OF_FINALISTS, config.search.finalists)
     costs = np.asarray(search.costs(jnp.asarray(finalists)))
@@ -330,13 +330,14 @@ def found(
     best = int(told.argmax())
     front = rewards.pareto_front(rewards.objectives(jnp.asarray(accuracies), jnp.asarray(costs)))
     order = np.argsort(-accuracies, kind="stable")
+    of_best = judge(weights, finalists[best], ("validation", "test"))
     return {
         "arc": space.text(finalists[best]),
         "lists": space.lists(finalists[best]),
         "ops": list(space.ops),
         "precisions": list(space.precisions),
         "strategy": config.search.strategy,
-        **judge(weights, finalists[best], ("validation", "test")),
+        **of_best,
         "cost": config.search.cost,
         "target": search.target,
         "finalists": [
@@ -352,7 +353,7 @@ def found(
         "costs": costs_of(built(config, space.text(finalists[best]))),
         "history": meta["history"],
         "steps": int(state.weights.step),
-        "seconds": meta["seconds"],
+        "seconds": meta["seconds"] + time.perf_counter() - begin,
         "images_per_second": meta["images_per_second"],
         "architectures": meta["architectures"],
         "architectures_per_second": meta["architectures_per_second"],

@@ -149,8 +149,11 @@ def check(config: ConfigDict) -> None:
     names.pick("search.reward", options.reward, rewards.REWARDS)
     if config.model.mixes:
         raise UserError("model.mixes=True: a search sets it itself, for search.strategy='darts'")
-    if len(options.exponents) != 2:
-        raise UserError(f"search.exponents={options.exponents}: give two, below and above target")
+    numbers = [x for x in options.exponents if isinstance(x, int | float)]
+    if len(numbers) != 2 or len(options.exponents) != 2:
+        raise UserError(
+            f"search.exponents={options.exponents}: give two numbers, below and above the target"
+        )
     if options.warmup_epochs >= config.train.epochs:
         raise UserError(
             f"search.warmup_epochs={options.warmup_epochs}: must be below train.epochs="

@@ -98,6 +98,12 @@ class Controller:
         for name in ("baseline_decay", "beta1"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"enas.{name}={getattr(self, name)}: must be in [0, 1)")
+        try:
+            re.compile(self.favoured)
+        except re.error as error:
+            raise UserError(
+                f"enas.favoured={self.favoured!r} is no regular expression: {error}"
+            ) from error
 
     def init(self, key: Array) -> ControllerState:
         """Before anything is learned."""

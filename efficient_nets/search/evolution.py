@@ -33,7 +33,10 @@ class Best(NamedTuple):
     def first(self, number: int) -> Array:
         """So many, the best again where fewer are known."""
         if number > len(self.rewards):
-            raise UserError(f"keep={len(self.rewards)}: {number} finalists need at least as many")
+            raise UserError(
+                f"keep={len(self.rewards)}: search.shown and search.finalists ask for {number} of "
+                "them; keep at least as many"
+            )
         known = over(self.rewards > -jnp.inf, self.architectures)
         return jnp.where(known, self.architectures, self.architectures[:1])[:number]
 

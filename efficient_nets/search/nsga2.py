@@ -108,7 +108,10 @@ class NSGA2:
         """The front first, its ends and its loneliest members before others."""
         del key
         if number > self.population:
-            raise UserError(f"nsga2.population={self.population}: has no {number} finalists")
+            raise UserError(
+                f"nsga2.population={self.population}: search.shown and search.finalists ask for "
+                f"{number} of them; have at least as many"
+            )
         known = evolution.over(_known(state.objectives), state.architectures)
         return jnp.where(known, state.architectures, state.architectures[:1])[:number]
 

@@ -84,7 +84,7 @@ def curve(hits: Hits, threshold: int) -> tuple[np.ndarray, np.ndarray]:
 
 def voc07_ap(recall: np.ndarray, precision: np.ndarray) -> float:
     """Mean over recalls 0, 0.1, ... 1 of the greatest precision at that recall or above it."""
-    steps = [precision[recall >= level] for level in np.linspace(0, 1, 11)]
+    steps = [precision[recall >= level] for level in np.arange(11) / 10]
     return float(np.mean([values.max(initial=0) for values in steps]))
 
 

@@ -49,11 +49,11 @@ def moments(features: Array, logits: Array, weights: Array) -> Moments:
     """
     x, logits, weights = (value.astype(jnp.float32) for value in (features, logits, weights))
     count = jnp.sum(weights)
-    mean = weights @ x / jnp.maximum(count, 1)
+    exact = lax.Precision.HIGHEST
+    mean = jnp.matmul(weights, x, precision=exact) / jnp.maximum(count, 1)
     centred = (x - mean[None]) * weights[:, None]
     log_p = jax.nn.log_softmax(logits)
     p = jnp.exp(log_p) * weights[:, None]
-    exact = lax.Precision.HIGHEST
     scatter = jnp.matmul(centred.T, centred, precision=exact)
     return Moments(count, mean, scatter, jnp.sum(p, axis=0), jnp.sum(p * log_p))
 

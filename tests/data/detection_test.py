@@ -89,6 +89,28 @@ def test_bad_input_is_named(set_of_boxes, make_config, name, others, task, messa
         load(make_config(**fields(set_of_boxes, name, **others)), task)
 
 
+@pytest.mark.every_case
+@pytest.mark.parametrize(
+    ("group", "kind"),
+    [("objects", "type"), ("bobjects", "label"), ("panoptic_objects", "label")],
+)
+def test_sets_that_name_their_boxes_otherwise(group, kind, write_tfds, make_config, pixels):
+    """As KITTI, Open Images, whose `objects` have no boxes, and panoptic COCO."""
+    label = tfds.features.ClassLabel(names=["a", "b"])
+    objects = {"bbox": tfds.features.BBoxFeature(), kind: label}
+    features = {"image": IMAGE, group: tfds.features.Sequence(objects)}
+    own = [{"bbox": tfds.features.BBox(0.0, 0.25, 0.5, 1.0), kind: 1}]
+    given = {"image": pixels(0, 12, 10, 3), group: own}
+    if group == "bobjects":
+        features["objects"] = tfds.features.Sequence({"label": label})
+        given["objects"] = [{"label": 0}, {"label": 1}]
+    where = write_tfds(features, {"train": [given]}, "others")
+    dataset = load(make_config(**fields(where, "others", train="train")), "detection")
+    assert dataset.info.class_names == ("a", "b")
+    np.testing.assert_array_equal(dataset.train.resident["label"], [[1, -1, -1]])
+    np.testing.assert_array_equal(dataset.train.resident["boxes"][0, 0], [0, 0.25, 0.5, 1])
+
+
 def test_a_set_without_boxes_is_named(tiny_tfds, make_config):
     with pytest.raises(UserError, match="'tiny' is no detection set.*label: ClassLabel"):
         load(make_config(name="tiny", dir=tiny_tfds), "detection")

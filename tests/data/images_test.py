@@ -1,6 +1,7 @@
 """Decoding and fitting on the host, against Pillow's pixels and plain geometry."""
 
 import io
+import zlib
 
 import numpy as np
 import pytest
@@ -36,6 +37,29 @@ def test_decode_is_exact(pixels):
     np.testing.assert_array_equal(
         images.decode(encoded(Image.fromarray(pixels(0))), 3, "x"), pixels(0)
     )
+
+
+def test_a_picture_is_turned_as_its_camera_was():
+    """Orientation 6: the first row is the right side."""
+    stored, exif, buffer = coordinates(8, 6), Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    stored.save(buffer, "PNG", exif=exif)
+    as_stored, upright = (
+        np.asarray(images.decode(buffer.getvalue(), 3, "x", upright=upright))
+        for upright in (False, True)
+    )
+    np.testing.assert_array_equal(as_stored, stored)
+    np.testing.assert_array_equal(upright, np.rot90(stored, -1))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, EOFError, IndexError, zlib.error])
+def test_whatever_a_decoder_raises_names_the_image(error, pixels, monkeypatch):
+    def fails(*_):
+        raise error("an item is missing")
+
+    monkeypatch.setattr(images.Image.Image, "convert", fails)
+    with pytest.raises(UserError, match="cat.avif is not a readable image: an item is missing"):
+        images.decode(encoded(Image.fromarray(pixels(0))), 3, "cat.avif")
 
 
 def test_decode_names_what_it_cannot_read(pixels):

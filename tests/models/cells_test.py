@@ -66,7 +66,7 @@ def two_cells(make, **options):
     """A normal and a reduction cell: compiling longer nets takes longer than the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cells, "reduction_places", lambda layers, reductions: (1,))
-        return make(**FEW, **options)
+        return make(**(FEW | options))
 
 
 @pytest.fixture(scope="module")
@@ -326,6 +326,29 @@ def test_a_mixture_of_one_hots_is_the_shared_net_of_their_architecture(shared, s
     for path, leaf in paths.named_leaves(behind).items():
         if path.endswith(("/mean", "/var")):
             assert not np.any(np.all(leaf == before[path], axis=-1)), path
+
+
+def test_branches_are_computed_again_and_no_convolution_is_in_control_flow():
+    """A CPU takes many times as long for a `lax.conv` in a branch or a loop."""
+    net = two_cells(shapes, arc="", ops=cells.OPS)
+    graph, params, others = nnx.split(net, nnx.Param, ...)
+
+    def loss(params, others, images):
+        return jnp.sum(nnx.merge(graph, params, others, copy=True)(images))
+
+    images = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+    text = jax.jit(jax.grad(loss)).lower(params, others, images).as_text()
+    # The stem's, and the gradient of its kernel; what is for other platforms is not lowered.
+    assert text.count("stablehlo.convolution") == 2 and "stablehlo.case" in text
+    branches = [
+        branch
+        for equation in jax.jit(loss).trace(params, others, images).jaxpr.eqns
+        if equation.primitive.name == "cond"
+        for branch in equation.params["branches"]
+    ]
+    assert branches
+    for branch in branches:
+        assert any("prevent_cse" in equation.params for equation in branch.eqns)  # a checkpoint
 
 
 def test_an_extracted_net_is_one_that_was_made(shared):

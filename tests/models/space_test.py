@@ -44,6 +44,9 @@ def test_strings_carry_precisions():
         ("0 " * 9 + "5 " + "0 " * 6, "op 5 of operand 1 of node 0 of the reduction cell: it must"),
         ("0 " * 23 + "2", "precision 2 of operand 2 of node 1 of the reduction cell: it must be 0"),
         ("0 -1", "'-' is in it"),
+        # 2^32, and what no integer of a machine holds.
+        ("4294967296 " + "0 " * 15, "arc: 4294967296 is in it, which no input, op or precision"),
+        ("9" * 5000 + " 0" * 15, "arc: 99999999999999999999 is in it"),
     ],
 )
 def test_bad_strings_say_what_is_wrong(text, part):

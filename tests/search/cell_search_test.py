@@ -172,6 +172,10 @@ def test_devices_share_architectures_and_measure_as_one_does(monkeypatch):
         hits = fixed(images).argmax(-1) == resident["label"][:64]
         assert float(accuracy) == pytest.approx(float(hits.mean()), abs=1e-6)
     assert search.run.mesh.size == 8 and len(set(map(float, found))) > 3
+    # A net that diverged has nothing right, not the first class.
+    state = state._replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params))
+    lost = jax.jit(lambda a: judging.accuracies(search.run, state, a, batch, resident))
+    assert not np.any(lost(sharding.put_replicated(np.asarray(architectures), search.run.mesh)))
 
 
 @pytest.mark.slow
@@ -212,7 +216,11 @@ def test_the_net_that_was_found_starts_from_the_shared_weights(whole, tmp_path):
 
 @pytest.mark.slow
 def test_shared_and_separate_accuracies_are_compared(whole, tmp_path):
-    report = ranking.rank(tiny_config(ranked=3, ranked_epochs=1.0), tmp_path, whole[0])
+    config = tiny_config(ranked=3, ranked_epochs=1.0)
+    config.model.drop_path_steps = 10
+    report = ranking.rank(config, tmp_path, whole[0])
+    alone = json.loads((tmp_path / "ranked" / "0" / "config.json").read_text())
+    assert alone["train"]["epochs"] == 1 and alone["model"]["drop_path_steps"] == 5  # half as long
     assert len(report["architectures"]) == 3 and -1 <= report["kendall"] <= 1
     assert (tmp_path / "plots" / "rank.png").stat().st_size
 
@@ -239,6 +247,7 @@ def test_modes_of_a_search(command, monkeypatch):
         ("search.cost_weight", 0.5, "nothing heeds it"),
         ("search.evolution.population", 7, "nothing heeds it"),
         ("search.exponents", (1.0, 1.0), "nothing heeds it"),
+        ("search.exponents", ("a", 1.0), "give two numbers"),
         ("search.target", 5.0, "nothing heeds it"),
         ("log.histograms_every_epochs", 1.0, "log.histograms_every_epochs=1.0: a search has none"),
         ("search.interval", 7, "the strategy would learn nothing in 6 steps"),

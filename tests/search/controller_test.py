@@ -236,6 +236,7 @@ def test_the_start_favours_convolutions():
         (dict(size=0), "enas.size=0: must be at least 1"),
         (dict(bound=0.0), "enas.bound=0.0: must be above 0"),
         (dict(baseline_decay=1.0), r"enas.baseline_decay=1.0: must be in \[0, 1\)"),
+        (dict(favoured="["), r"enas.favoured='\[' is no regular expression: "),
     ],
 )
 def test_options_that_make_no_sense_are_named(options, part):

@@ -121,5 +121,5 @@ def test_numbers_that_do_not_fit_are_named():
     state, told = strategy.init(None), randoms(jax.random.key(1), 3)
     with pytest.raises(UserError, match="evolution.population=2: must be at least the 3"):
         strategy.update(state, told, jnp.zeros(3))
-    with pytest.raises(UserError, match="keep=3: 4 finalists need at least as many"):
+    with pytest.raises(UserError, match="keep=3: search.shown and search.finalists ask for 4"):
         strategy.finalists(state, None, 4)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from pycocotools import coco, cocoeval
 
 from efficient_nets.tasks import average_precision as ap
 from efficient_nets.tasks.average_precision import Found, Truth
@@ -93,8 +94,6 @@ def random_set(seed, images=12, classes=3, *, ties):
 
 def coco_precisions(found, truth, classes):
     """`(thresholds, recalls, classes)` of pycocotools, whose boxes are `[x, y, width, height]`."""
-    coco = pytest.importorskip("pycocotools.coco")
-    cocoeval = pytest.importorskip("pycocotools.cocoeval")
 
     def as_coco(box):
         return [box[1], box[0], box[3] - box[1], box[2] - box[0]]
@@ -121,6 +120,13 @@ def coco_precisions(found, truth, classes):
     return evaluation.eval["precision"][:, :, :, 0, 2]
 
 
+def test_a_recall_of_three_tenths_is_one_of_voc_s():
+    """Ten objects, three of them found, all right: precision 1 at recalls 0, 0.1, 0.2 and 0.3."""
+    recall = np.arange(1, 4) / 10
+    assert ap.voc07_ap(recall, np.ones(3)) == pytest.approx(4 / 11)
+
+
+@pytest.mark.every_case
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("seed", range(3))
 def test_coco_s_program_says_the_same(seed, ties):
