@@ -185,10 +185,16 @@ def test_its_table_names_every_config_with_its_parameters():
     for path in (ROOT / "configs").glob("*.py"):
         namespace = {}
         exec(path.read_text(), namespace)
-        config = namespace["get_config"]()
-        model = experiment.abstract_model(config, data.describe(config.data, config.task))
-        parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
-        assert f"| {parameters:,} |" in rows[path.stem], path.stem
+        # As its docstring says, which tests/configs_test.py holds against the net.
+        said = re.search(r"([\d,]+) parameters", namespace["__doc__"])
+        if said:
+            parameters = said[1]
+        else:
+            config = namespace["get_config"]()
+            model = experiment.abstract_model(config, data.describe(config.data, config.task))
+            found = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+            parameters = f"{found:,}"
+        assert f"| {parameters} |" in rows[path.stem], path.stem
 
 
 def test_no_figure_is_left_to_be_filled_in():
