@@ -44,6 +44,7 @@ def test_scores_of_a_file(tmp_path):
     assert found == {"fid": pytest.approx(expected), "is": pytest.approx(4)}
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [

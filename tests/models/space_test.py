@@ -36,6 +36,7 @@ def test_strings_carry_precisions():
     assert len(SMALL.text(found).split()) == 24
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize(
     ("text", "part"),
     [

@@ -237,6 +237,7 @@ def test_modes_of_a_search(command, monkeypatch):
     assert status == 2 and "search.strategy='enas': --mode is one of train, search" in err
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [

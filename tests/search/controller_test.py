@@ -230,6 +230,7 @@ def test_the_start_favours_convolutions():
     assert not none.any() and not unbounded.any()
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize(
     ("options", "part"),
     [
