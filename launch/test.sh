@@ -3,7 +3,7 @@
 #
 #   ./launch/test.sh                                    all but the slow tests, 2 cases of each
 #   ./launch/test.sh --cases 0                          all of their cases
-#   ./launch/test.sh --part 0/3 --cases 1               each third of them, one case of each
+#   ./launch/test.sh --part 0/4 --cases 1               each fourth of them, one case of each
 #   ./launch/test.sh -m slow                            the slow ones alone
 #   ./launch/test.sh tests/launch_test.py -k stamp      some
 #   VENV=.venv-3.12 PYTHON=python3.12 ./launch/test.sh  on another Python
