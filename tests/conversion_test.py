@@ -116,7 +116,7 @@ def test_the_layer_that_overflows_is_named(tmp_path):
 def test_a_net_with_layers_removed_goes_on_as_a_quadratic_one(tmp_path):
     """Identities and adapters stay, trained as they are; rules that removed them may stay too."""
     remove = tuple(
-        dict(match=f"^{path}$", remove=True) for path in ("stage3/0/conv2", "stage2/0/conv1")
+        dict(match=f"^{path}$", remove=True) for path in ("stage1/0/conv2", "stage2/0/conv1")
     )
     folder = tmp_path / "reduced"
     reduced = training.train(config_of(remove), folder)
@@ -124,7 +124,7 @@ def test_a_net_with_layers_removed_goes_on_as_a_quadratic_one(tmp_path):
     run = experiment.build(config, data.load(config.data))
     state = conversion.converted_start(run, run.initial_state())
     assert scores(run, state)["test/accuracy"] == reduced["test/accuracy"]
-    with pytest.raises(UserError, match=r"layer stage3/0/conv2 of the converted net is None"):
+    with pytest.raises(UserError, match=r"layer stage1/0/conv2 of the converted net is None"):
         training.train(config_of(QUADRATIC, convert_from=str(folder)), tmp_path / "new")
 
 

@@ -174,7 +174,7 @@ def test_analysis_writes_numbers_pictures_and_events_beside_another_run_s(whole,
     assert shares.keys() == {"product", "linear"} and abs(sum(shares.values()) - 1) < 1e-6
     for path in out.partition("\nplots ")[2].splitlines()[0].split(", "):
         assert pathlib.Path(path.strip()).stat().st_size > 1000
-    assert list((one / "tensorboard" / "analysis").glob("events*")) and "2 of 36" in out
+    assert list((one / "tensorboard" / "analysis").glob("events*")) and "2 of 72" in out
     assert {path.name for path in one.iterdir()} == {
         *("analysis.json", "analysis_maps.npz", "plots", "tensorboard")
     }
