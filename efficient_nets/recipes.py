@@ -381,9 +381,9 @@ def enas(precision: str):
 
     Where the operands are rounded the stem has kernels of 4 bits and the optimizer is Adam, as the
     binary, ternary and k-bit cells of the ENAS project have, from 5e-3 to 5e-5 where that goes from
-    5e-2 to 5e-4; kernels of the stem and in cells stay in [-1, 1]. The
-    precisions are better clipped ones: states of cells grow, and a gradient that goes straight
-    through a value that is rounded to 1 grows with each layer.
+    5e-2 to 5e-4; kernels of the stem and in cells stay in [-1, 1]. The precisions are better
+    clipped ones: states of cells grow, and a gradient that goes straight through a value that is
+    rounded to 1 grows with each layer.
 
     Args:
       precision: Of the operands, a short form; or 'searched' for one of `CELL_PRECISIONS` each.

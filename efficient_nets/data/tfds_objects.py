@@ -93,7 +93,7 @@ def collection(name: str, data_dir: str, *, prepared: bool = True) -> Collection
     checked = [_image_and_label(own, builder.info.features) for own, builder in builders.items()]
     fields = checked[0][2]
     if len({(tuple(label.names), where) for _, label, where in checked}) > 1:
-        raise UserError(f"data.name={name!r}: these sets have different classes")
+        raise UserError(f"data.name={name!r}: these sets have different classes or objects")
     splits, places = {}, {}
     for own, builder in builders.items():
         if prepared:

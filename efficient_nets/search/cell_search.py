@@ -379,11 +379,15 @@ def built(config: ConfigDict, arc: str, *, as_searched: bool = False) -> ConfigD
     if not as_searched:
         config.model.layers = options.built_layers or config.model.layers
         config.model.features = options.built_features or config.model.features
-        epochs = options.built_epochs or config.train.epochs
-        longer = epochs / config.train.epochs
-        config.model.drop_path_steps = round(config.model.drop_path_steps * longer)
-        config.train.epochs = epochs
+        lengthen(config, options.built_epochs or config.train.epochs)
     return experiment.without_idle_rules(config)
+
+
+def lengthen(config: ConfigDict, epochs: float) -> None:
+    """Makes a run one of so many epochs, and the ramp of drop-path as much longer or shorter."""
+    longer = epochs / config.train.epochs
+    config.model.drop_path_steps = round(config.model.drop_path_steps * longer)
+    config.train.epochs = epochs
 
 
 def costs_of(config: ConfigDict) -> dict[str, int]:

@@ -61,9 +61,7 @@ def rank(config: ConfigDict, workdir: pathlib.Path, folder: pathlib.Path) -> dic
             bar.update()
         for number, one in enumerate(found):
             of_one = cell_search.built(config, one["arc"], as_searched=True)
-            longer = config.search.ranked_epochs / config.train.epochs
-            of_one.model.drop_path_steps = round(config.model.drop_path_steps * longer)
-            of_one.train.epochs = config.search.ranked_epochs
+            cell_search.lengthen(of_one, config.search.ranked_epochs)
             of_one.schedule.period = config.search.ranked_epochs  # ends where a cycle does
             one["alone"] = _trained(of_one, workdir / "ranked" / str(number))
             bar.update()
